@@ -1,0 +1,73 @@
+"""The exception tree. Each class carries the exit code of `deltal` (contract: 1 no, 2 user, 3 system)."""
+
+from __future__ import annotations
+
+
+class DeltalError(Exception):
+    """Base of every error deltal raises on purpose: one line that says what, where and what to do."""
+
+    exit_code = 3
+
+
+class UserError(DeltalError):
+    """The user's mistake: the line says what was wrong and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UserError):
+    """A data set is missing or broken; names file and line."""
+
+
+class ModelError(UserError):
+    """A model folder or name cannot be used."""
+
+
+class ResourceError(UserError):
+    """Memory, shared memory, CPUs or GPUs are too few for what is asked."""
+
+
+class RunInUseError(UserError):
+    """The run folder belongs to a living run."""
+
+
+class RunNotFoundError(UserError):
+    """No such run, or it is not running."""
+
+
+class AddressError(UserError):
+    """No Ray cluster answers at the address."""
+
+
+class AnswerNo(DeltalError):
+    """The command worked and its answer is no: an audit failed, a job failed."""
+
+    exit_code = 1
+
+
+class DeadlineError(DeltalError):
+    """A wait was over before what it waited for came; names the wait."""
+
+
+class JournalError(DeltalError):
+    """The journal is damaged, or a second writer was seen."""
+
+
+class LedgerError(DeltalError):
+    """The ledger law does not hold."""
+
+
+class FilteredTooManyError(DeltalError):
+    """More than `max_refill` batches' worth of groups in a row had equal rewards."""
+
+
+class LearnerError(DeltalError):
+    """The learner cannot go on."""
+
+
+class ActorLostError(DeltalError):
+    """An actor died more often than the supervisor may restart it."""
