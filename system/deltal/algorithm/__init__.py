@@ -1,0 +1,18 @@
+"""The science: lengths to token coefficients, rewards to advantages, log-probabilities to per-token losses.
+
+Pure torch, free of Ray, of distribution and of the model. Importing this package loads torch; `import deltal` does not.
+"""
+
+from deltal.algorithm.advantage import ADVANTAGES, advantages
+from deltal.algorithm.aggregation import AGGREGATIONS, token_coefficients
+from deltal.algorithm.objective import OBJECTIVES, importance_weight, per_token_loss
+
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "OBJECTIVES",
+    "advantages",
+    "importance_weight",
+    "per_token_loss",
+    "token_coefficients",
+]

@@ -1,0 +1,136 @@
+"""Settings from a YAML file and `key.sub=value` overrides; every mistake is one line that names the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from deltal.config import RunConfig
+from deltal.errors import ConfigError
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated settings of a file. Raises ConfigError in one line: missing file, broken YAML, wrong key or value."""
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.yaml")], n=1)
+        raise ConfigError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: this is no valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
+    return resolve(loaded, overrides, where=path)
+
+
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> RunConfig:
+    """Validated settings from plain values. Raises ConfigError in one line."""
+    merged = _copied(values)
+    for override in overrides:
+        _override(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def explained(config: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
+    """(dotted key, value, what it means) of every setting, unions resolved to what was chosen."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        key = f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            yield from explained(value, f"{key}.")
+        else:
+            yield key, value, field.description or (type(config).__doc__ or "").strip().splitlines()[0]
+
+
+def _copied(values: Any) -> Any:
+    return {key: _copied(value) for key, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {text!r} must look like learner.learning_rate=1e-5")
+    try:
+        parsed = _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        parsed = value
+    for part in parts[:-1]:
+        inner = values.setdefault(part, {})
+        if inner is None:
+            inner = values[part] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {text!r}: {part} is a plain value and has no {parts[-1]}")
+        values = inner
+    values[parts[-1]] = parsed
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake of a validation, with its place and, for an unknown key, the nearest valid one."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    keys, settings = _walk(place)
+    dotted = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        valid = sorted(settings.model_fields) if settings else []
+        near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.0)
+        return f"unknown key {dotted}" + (f"; did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else "")
+    if first["type"] == "missing":
+        return f"{dotted} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_not_found":
+        field = settings.model_fields.get(keys[-1]) if settings else None
+        choices = [_tag(model) for model in _models(field.annotation)] if field else []
+        message = f"`kind` is missing: name one of {', '.join(filter(None, choices))}"
+    given = first["input"]
+    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
+    return f"{dotted}: {message}{shown}" if dotted else message
+
+
+def _walk(place: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
+    """The dotted key of an error's place, union tags left out, and the settings class its last key stands in."""
+    current: list[type[BaseModel]] = [RunConfig]
+    keys: list[str] = []
+    inside: type[BaseModel] | None = RunConfig
+    for part in place:
+        tagged = [model for model in current if _tag(model) == part]
+        if tagged and len(current) > 1:
+            current, inside = tagged, tagged[0]
+            continue
+        keys.append(part)
+        inside = current[0] if current else None
+        field = inside.model_fields.get(part) if inside else None
+        current = _models(field.annotation) if field else []
+    return keys, inside
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    return str(field.default) if field else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

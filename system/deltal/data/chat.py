@@ -1,0 +1,149 @@
+"""Messages to prompt tokens and response tokens to text: the only file that knows the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltal.config import ChatConfig
+from deltal.errors import DataError, ModelError
+from deltal.types import Message, Prompt
+
+CHATML_END = "<|im_end|>"
+
+
+class Chat:
+    """One tokenizer with the chat settings of a run.
+
+    Special-token strings inside a prompt's messages stay plain text: they are tokenized apart, with the tokenizer's
+    special tokens switched off. The template, the system prompt and the prefill are the user's own and may use them.
+    """
+
+    def __init__(self, tokenizer_folder: str, settings: ChatConfig) -> None:
+        """Loads the tokenizer. Raises ModelError when the folder holds none."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for one and the same cause
+            raise ModelError(f"no tokenizer can be loaded from {tokenizer_folder!r}: {_one_line(error)}") from error
+        self._folder = tokenizer_folder
+        self._settings = settings
+        self._plain = _without_special_tokens(self._tokenizer)
+        self._special = tuple(
+            token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the tokenizer knows, added ones included."""
+        return len(self._tokenizer)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, ascending: the tokenizer's eos, those of generation_config.json, chatml's end."""
+        stops = {self._tokenizer.eos_token_id} | _generation_eos(Path(self._folder))
+        if self._settings.template == "chatml":
+            stops.add(self._tokenizer.get_vocab().get(CHATML_END))
+        return tuple(sorted(stop for stop in stops if stop is not None))
+
+    def encode(self, prompt: Prompt) -> NDArray[np.int32]:
+        """Prompt tokens, int32[P]: system prompt and messages through the template, generation prompt, prefill.
+
+        Raises DataError, in one line, when the template does not work on the prompt.
+        """
+        text, hidden = self._hide_special(prompt)
+        system = [Message(role="system", content=self._settings.system_prompt)] if self._settings.system_prompt else []
+        rendered = self._render([*system, *text], prompt.id) + self._settings.prefill
+        return np.asarray(self._start_tokens() + self._tokens(rendered, hidden), dtype=np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of `tokens` (int[L]) without special tokens. Bytes that are no UTF-8 become the replacement sign."""
+        ids = [int(token) for token in tokens]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _render(self, messages: list[Message], prompt_id: str) -> str:
+        template = self._settings.template
+        if template == "plain":
+            return "\n".join(message.content for message in messages)
+        if template == "chatml":
+            turns = (f"<|im_start|>{message.role}\n{message.content}{CHATML_END}\n" for message in messages)
+            return "".join(turns) + "<|im_start|>assistant\n"
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                chat_template=None if template == "model" else template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:  # jinja2's errors, and whatever an expression inside the template raises
+            raise DataError(f"chat template fails on prompt {prompt_id!r}: {_one_line(error)}") from error
+        return str(rendered)
+
+    def _start_tokens(self) -> list[int]:
+        """The begin token of a plain prompt, where the tokenizer puts one; chat templates write their own."""
+        if self._settings.template != "plain" or self._tokenizer.bos_token_id is None:
+            return []
+        ids: list[int] = self._tokenizer("", add_special_tokens=True)["input_ids"]
+        return ids[:1] if ids[:1] == [self._tokenizer.bos_token_id] else []
+
+    def _hide_special(self, prompt: Prompt) -> tuple[list[Message], dict[str, str]]:
+        """Messages with each special-token string replaced by a sign that occurs nowhere, and sign -> string."""
+        contents = "".join(message.content for message in prompt.messages)
+        found = sorted((token for token in self._special if token in contents), key=len, reverse=True)
+        trusted = contents + self._settings.template + (self._settings.system_prompt or "") + self._settings.prefill
+        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in trusted)
+        hidden = {next(free): token for token in found}
+        messages = []
+        for message in prompt.messages:
+            content = message.content
+            for sign, token in hidden.items():
+                content = content.replace(token, sign)
+            messages.append(Message(role=message.role, content=content))
+        return messages, hidden
+
+    def _tokens(self, text: str, hidden: dict[str, str]) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for place, sign in enumerate(text):
+            if sign in hidden:
+                ids += self._trusted(text[start:place]) + self._plain.encode(hidden[sign], add_special_tokens=False).ids
+                start = place + 1
+        return ids + self._trusted(text[start:])
+
+    def _trusted(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return ids
+
+
+def _without_special_tokens(tokenizer: Any) -> Any:
+    """A copy of the tokenizer for which special-token strings are ordinary text. Raises ModelError if it cannot be."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer: convert it to tokenizer.json first")
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _generation_eos(folder: Path) -> set[int | None]:
+    """eos_token_id of generation_config.json: one, several, or none."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return set()
+    try:
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is no JSON object: {_one_line(error)}") from error
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

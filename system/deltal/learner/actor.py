@@ -1,0 +1,211 @@
+"""LearnerRank: one of K processes that train together, as a Ray actor, and the task that prepares the model folder.
+
+Rank 0 waits for the batch and for `stop`; the others follow its word, so that all meet in the same collectives.
+After a restart the recorded batches behind the checkpoint are redone verbatim, and nothing below the newest published
+version is published again. torch is imported by `run`, so that whoever creates ranks stays small.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from deltal.config import ModelConfig, RunConfig
+from deltal.errors import DeadlineError, LearnerError
+from deltal.monitor.http import serve_metrics
+from deltal.monitor.metrics import LearnerMetrics
+from deltal.queues.object_queue import get_by
+from deltal.types import ScoredGroup
+
+if TYPE_CHECKING:
+    from deltal.learner.trainer import Trainer
+
+RPC_SECONDS = 60.0
+
+
+def prepare_model(model: ModelConfig) -> str:
+    """Task body: the model folder, made on the node that runs it."""
+    from deltal.learner.model import prepare
+
+    return prepare(model)
+
+
+class LearnerRank:
+    """Threaded Ray actor. `run` trains until the last step or `stop`; its failure is the learner's failure."""
+
+    def __init__(
+        self, *, rank: int, run: str, model: str, config: RunConfig, folder: str, replay: Any, policy: Any,
+        controller: Any, host: str, token: str | None,
+    ) -> None:  # fmt: skip
+        self._rank, self._config, self._model_folder, self._folder = rank, config, model, folder
+        self._replay, self._policy, self._controller = replay, policy, controller
+        self._stopping = threading.Event()
+        self._listener: int | None = None
+        self._shares: dict[int, dict[str, Any]] = {}
+        self._version = 0
+        self._waiting_for = "the model to load"
+        self._metrics = LearnerMetrics(run, f"learner-{rank}")
+        self._server = serve_metrics(self._metrics.registry, host=host, token=token)
+
+    def metrics_port(self) -> int:
+        """Port of this actor's metrics."""
+        return self._server.port
+
+    def pid(self) -> int:
+        """Process id, to end a rank that hangs in a collective."""
+        return os.getpid()
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Rank 0: listen for the other ranks, on this node's Ray address only; returns where.
+
+        The socket is bound here and handed to torch, so no other process can take the port in between.
+        """
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        host, port = listener.getsockname()[:2]
+        self._listener = listener.detach()
+        return host, port
+
+    def stop(self) -> None:
+        """Finish the step under way, checkpoint, leave."""
+        self._stopping.set()
+
+    def stats(self) -> dict[str, Any]:
+        """Version the learner is at, and what it waits for."""
+        return {"version": self._version, "waiting_for": self._waiting_for}
+
+    def take_weights(self, version: int) -> dict[str, Any] | None:
+        """This rank's shard of the last published version, for the PolicyStore; None when a newer one is out."""
+        return self._shares.get(version)
+
+    def run(self, host: str, port: int) -> int:
+        """Train. Returns the version reached, checkpointed. Raises LearnerError when it cannot go on."""
+        from deltal.learner.trainer import Trainer, join
+
+        join(self._config, self._rank, host, port, self._listener)
+        trainer = Trainer(self._config, self._model_folder, f"{self._folder}/checkpoints")
+        self._version = trainer.version
+        state = get_by(self._replay.state.remote(), seconds=RPC_SECONDS, what="the ReplayBuffer's state")
+        self._newest = state["policy_version"]
+        threading.Thread(target=self._republish, daemon=True, name="republisher").start()
+        if trainer.version >= self._newest:
+            self._publish(trainer)
+        self._train(trainer)
+        trainer.save()
+        return trainer.version
+
+    def export(self, target: str, facts: dict[str, Any]) -> int:
+        """Write the newest checkpoint as a Hugging Face folder; returns its version."""
+        from deltal.learner.export import export
+
+        return export(f"{self._folder}/checkpoints", target, config=self._config, facts=facts)
+
+    def _train(self, trainer: Trainer) -> None:
+        settings, skipped_in_a_row = self._config.learner, 0
+        while trainer.version < self._config.run.steps:
+            started = time.monotonic()
+            groups = self._next_batch(trainer)
+            if groups is None:
+                return
+            row = self._train_on(trainer, groups, time.monotonic() - started)
+            skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
+            if skipped_in_a_row >= settings.max_skipped:
+                raise LearnerError(
+                    f"{skipped_in_a_row} steps in a row had a gradient that is not finite (last: {trainer.version}); "
+                    "lower learner.learning_rate and resume"
+                )
+
+    def _next_batch(self, trainer: Trainer) -> tuple[ScoredGroup, ...] | None:
+        """The groups of the next batch, or None to stop: rank 0 waits and tells the others."""
+        from deltal.learner.trainer import broadcast
+
+        if broadcast(self._await_batch(trainer.version) if self._rank == 0 else None) == "stop":
+            return None
+        answer = self._replay.sample.remote(trainer.version, 1.0)
+        groups = get_by(answer, seconds=RPC_SECONDS, what=f"the recorded batch {trainer.version}")
+        if not isinstance(groups, tuple):
+            raise LearnerError(f"batch {trainer.version} was promised, but the ReplayBuffer waits for {groups.why}")
+        return groups
+
+    def _await_batch(self, version: int) -> str:
+        """`go` when batch `version` is recorded, `stop` when asked to. Raises DeadlineError that says for whom it
+        waited.
+        """
+        limit = self._config.learner.batch_deadline
+        deadline = time.monotonic() + limit
+        while not self._stopping.is_set():
+            answer = get_by(
+                self._replay.sample.remote(version, 1.0), seconds=RPC_SECONDS, what="the ReplayBuffer's answer"
+            )
+            if isinstance(answer, tuple):
+                self._waiting_for = "nothing"
+                return "go"
+            self._waiting_for = f"batch {version}: {answer.why}"
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"the learner waited {limit:.0f} s for {self._waiting_for}")
+        return "stop"
+
+    def _train_on(self, trainer: Trainer, groups: tuple[ScoredGroup, ...], waited: float) -> dict[str, Any]:
+        """Train one batch, publish, checkpoint when due, tell the others; returns the step's row."""
+        batch, result, rate = trainer.train(groups)
+        self._version = trainer.version
+        seconds = {"wait": waited}
+        # Up to the newest published version a step is only redone: others have seen its outcome.
+        redone = trainer.version <= self._newest
+        if trainer.version >= self._newest:
+            started = time.monotonic()
+            self._publish(trainer)
+            if self._rank == 0:
+                done = self._replay.trained.remote(batch.version, result.skipped)
+                get_by(done, seconds=RPC_SECONDS, what="the ReplayBuffer to record a trained batch")
+            seconds["publish"] = time.monotonic() - started
+        if trainer.version % self._config.learner.checkpoint_every == 0:
+            started = time.monotonic()
+            trainer.save()
+            seconds["checkpoint"] = time.monotonic() - started
+        row = trainer.row(batch, result, rate, seconds, redone=redone)
+        if self._rank == 0:
+            answer = self._controller.report_step.remote(row)
+            get_by(answer, seconds=RPC_SECONDS, what="the Controller to take a step's row")
+            self._observe(row)
+        return row
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Offer this version's weights to the PolicyStore."""
+        # Kept until the next version, so that a restarted PolicyStore can be served at once.
+        self._shares = {trainer.version: trainer.share()}
+        self._newest = max(self._newest, trainer.version)
+        self._offer(trainer.version)
+
+    def _offer(self, version: int) -> None:
+        me = ray.get_runtime_context().current_actor
+        offered = self._policy.offer.remote(version, self._rank, self._config.learner.ranks, me, RPC_SECONDS)
+        get_by(offered, seconds=2 * RPC_SECONDS, what=f"the PolicyStore to take version {version}")
+
+    def _republish(self) -> None:
+        """Offer the last version again when the PolicyStore lost it; rank by rank, no collective needed."""
+        while True:
+            time.sleep(3.0)
+            held = next(iter(self._shares), None)
+            newest = get_by(self._policy.newest.remote(), seconds=RPC_SECONDS, what="the PolicyStore's answer")
+            if held is not None and (newest is None or newest < held) and held in self._shares:
+                self._offer(held)
+
+    def _observe(self, row: dict[str, Any]) -> None:
+        metrics = self._metrics
+        metrics.step.set(row["step"])
+        metrics.steps_skipped.inc(row["skipped"])
+        metrics.grad_clipped.inc(row["clipped"])
+        metrics.tokens.inc(row["trained_tokens"])
+        metrics.tokens_per_second.set(row["learner_tokens_per_second"])
+        metrics.logprob_difference_max.set(row["logprob_difference_max"] or 0.0)
+        for name in ("loss", "reward", "accuracy", "grad_norm", "entropy", "clip_fraction", "learning_rate"):
+            getattr(metrics, name).set(row[name])
+        metrics.response_length.set(row["response_length"])
+        metrics.staleness_max.set(row["staleness_max"])
+        for phase, value in row["seconds"].items():
+            metrics.seconds.labels(phase=phase).observe(value)

@@ -1,0 +1,249 @@
+"""From scored groups to what the model sees: advantages and coefficients once a batch, then packing.
+
+`assemble` looks at the whole batch and is identical on every rank. `pack` cuts it into micro-batches: responses are
+laid end to end without padding, and the responses of one group share one copy of their prompt. In a row
+
+    prompt tokens (branch 0) | response a (branch 1) | response b (branch 2) | next group's prompt | …
+
+a token attends to earlier tokens of its own segment (group) that are in the prompt or in its own branch, and each
+branch's positions go on from its prompt. That is exact: no response sees another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deltal.algorithm import advantages, token_coefficients
+from deltal.config import RunConfig
+from deltal.types import Batch, Group, Response, ScoredGroup
+
+Array = NDArray[Any]
+
+
+def assemble(version: int, groups: Sequence[ScoredGroup], config: RunConfig) -> Batch:
+    """Advantages and token coefficients of a whole batch, before it is cut (design section 1).
+
+    An overlong response under `overlong: filter`, and one without policy-written tokens, gets coefficient 0, is not
+    in B, and stays in its group's baseline.
+    """
+    rewards, numbers, lengths = [], [], []
+    for number, scored in enumerate(groups):
+        for response, verdict in zip(scored.group.responses, scored.verdicts, strict=True):
+            left_out = config.verify.overlong == "filter" and response.finish == "length"
+            rewards.append(verdict.reward)
+            numbers.append(number)
+            lengths.append(0 if left_out else response.length)
+    aggregation = config.algorithm.aggregation
+    if any(lengths):
+        coefficients = token_coefficients(
+            aggregation.kind,
+            lengths,
+            max_length=config.rollout.max_response_tokens,
+            alpha=getattr(aggregation, "alpha", 1.0),
+        ).numpy()
+    else:
+        coefficients = np.zeros(len(lengths))
+    return Batch(
+        version=version,
+        groups=tuple(groups),
+        advantages=advantages(rewards, numbers, kind=config.algorithm.advantage).numpy(),
+        coefficients=coefficients,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One response of a batch with its numbers, before packing."""
+
+    place: int
+    """Index among the batch's responses."""
+    group: Group
+    response: Response
+    advantage: float
+    coefficient: float
+    """Mini-batch factor included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedMicroBatch:
+    """One forward's row of T tokens, of which N are policy-written and trained.
+
+    tokens, positions int64[T]; segment (group), branch (0 prompt, else response) int32[T];
+    predict_at int64[N]: where in the row the token's logits stand; target int64[N];
+    advantage, coefficient, old_logprob float32[N]; version int64[N]: that sampled the token.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segment: Tensor
+    branch: Tensor
+    predict_at: Tensor
+    target: Tensor
+    advantage: Tensor
+    coefficient: Tensor
+    old_logprob: Tensor
+    version: Tensor
+
+    def attention_mask(self) -> Tensor:
+        """bool[1, 1, T, T], True where the row's token may attend to the column's."""
+        causal = torch.ones(len(self.tokens), len(self.tokens), dtype=torch.bool, device=self.tokens.device).tril()
+        same = self.segment[:, None] == self.segment[None, :]
+        own = (self.branch[None, :] == 0) | (self.branch[:, None] == self.branch[None, :])
+        return (causal & same & own)[None, None]
+
+
+def mini_batches(batch: Batch, *, count: int, seed: int) -> list[list[Item]]:
+    """Cut a batch's responses into `count` mini-batches, after a permutation by (seed, version).
+
+    A mini-batch of b of the B responses uses c_i · B / b (design section 1). B and b count responses in the loss.
+    """
+    items = [
+        Item(group=scored.group, response=response, place=place, advantage=float(advantage), coefficient=float(c))
+        for place, (scored, response, advantage, c) in enumerate(
+            zip(
+                (scored for scored in batch.groups for _ in scored.verdicts),
+                (response for scored in batch.groups for response in scored.group.responses),
+                batch.advantages,
+                batch.coefficients,
+                strict=True,
+            )
+        )
+    ]
+    if count == 1:
+        return [items]
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, batch.version]))).permutation(len(items))
+    total = sum(item.coefficient > 0 for item in items)
+    cut = []
+    for part in np.array_split(order, count):
+        members = [items[i] for i in sorted(part)]
+        inside = sum(item.coefficient > 0 for item in members)
+        factor = total / inside if inside else 0.0
+        cut.append([_scaled(item, factor) for item in members])
+    return cut
+
+
+def pack(items: Sequence[Item], *, budget: int, ranks: int) -> list[list[PackedMicroBatch]]:
+    """Micro-batches for each rank, equally many on all: rows of at most `budget` tokens, balanced over ranks.
+
+    Responses whose gradient is zero (advantage or coefficient 0) are left out. A response is never split; one over
+    the budget rides alone with its prompt. A rank that has fewer rows gets one-token rows with nothing to train.
+    """
+    rows = [[piece] for piece in _pieces(items, budget)]
+    merged: list[tuple[int, list[list[Item]]]] = []
+    # First fit, longest first: the usual bin-packing heuristic, at most 11/9 of the best.
+    for row in sorted(rows, key=lambda row: -_tokens(row[0])):
+        size = _tokens(row[0])
+        for i, (used, pieces) in enumerate(merged):
+            if used + size <= budget:
+                merged[i] = (used + size, [*pieces, *row])
+                break
+        else:
+            merged.append((size, list(row)))
+    shares: list[list[list[list[Item]]]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for used, pieces in merged:
+        rank = loads.index(min(loads))
+        loads[rank] += used
+        shares[rank].append(pieces)
+    longest = max(1, *(len(share) for share in shares)) if ranks else 0
+    return [[_row(pieces) for pieces in share] + [_row([])] * (longest - len(share)) for share in shares]
+
+
+def _scaled(item: Item, factor: float) -> Item:
+    return Item(
+        place=item.place, group=item.group, response=item.response, advantage=item.advantage,
+        coefficient=item.coefficient * factor,
+    )  # fmt: skip
+
+
+def _tokens(piece: Sequence[Item]) -> int:
+    return len(piece[0].group.prompt_tokens) + sum(len(item.response.tokens) for item in piece)
+
+
+def _pieces(items: Sequence[Item], budget: int) -> list[list[Item]]:
+    """Cut each group's trained responses into pieces that fit the budget with their prompt."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        if item.advantage != 0.0 and item.coefficient != 0.0:
+            groups.setdefault(id(item.group), []).append(item)
+    pieces = []
+    for members in groups.values():
+        piece: list[Item] = []
+        for item in members:
+            if piece and _tokens([*piece, item]) > budget:
+                pieces.append(piece)
+                piece = []
+            piece.append(item)
+        pieces.append(piece)
+    return pieces
+
+
+def _row(pieces: Sequence[Sequence[Item]]) -> PackedMicroBatch:
+    """Lay pieces end to end; no piece gives a one-token row with nothing to train."""
+    tokens: list[Array] = []
+    positions: list[Array] = []
+    segment: list[Array] = []
+    branch: list[Array] = []
+    predict_at: list[Array] = []
+    target: list[Array] = []
+    advantage: list[Array] = []
+    coefficient: list[Array] = []
+    old_logprob: list[Array] = []
+    version: list[Array] = []
+    offset = 0
+    for number, piece in enumerate(pieces):
+        prompt = piece[0].group.prompt_tokens
+        tokens.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        segment.append(np.full(len(prompt), number))
+        branch.append(np.zeros(len(prompt)))
+        last_of_prompt = offset + len(prompt) - 1
+        offset += len(prompt)
+        for which, item in enumerate(piece, start=1):
+            response, length = item.response, len(item.response.tokens)
+            tokens.append(response.tokens)
+            positions.append(len(prompt) + np.arange(length))
+            segment.append(np.full(length, number))
+            branch.append(np.full(length, which))
+            # A token is predicted one place before it; a response's first token by its prompt's last.
+            before = np.concatenate([[last_of_prompt], offset + np.arange(length - 1)])
+            predict_at.append(before[response.mask])
+            target.append(response.tokens[response.mask])
+            old_logprob.append(response.logprobs[response.mask])
+            version.append(_versions(response)[response.mask])
+            advantage.append(np.full(response.length, item.advantage))
+            coefficient.append(np.full(response.length, item.coefficient))
+            offset += length
+    if not tokens:
+        tokens, positions, segment, branch = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
+
+    def joined(parts: list[Array], dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(dtype)
+
+    return PackedMicroBatch(
+        tokens=joined(tokens, torch.int64),
+        positions=joined(positions, torch.int64),
+        segment=joined(segment, torch.int32),
+        branch=joined(branch, torch.int32),
+        predict_at=joined(predict_at, torch.int64),
+        target=joined(target, torch.int64),
+        advantage=joined(advantage, torch.float32),
+        coefficient=joined(coefficient, torch.float32),
+        old_logprob=joined(old_logprob, torch.float32),
+        version=joined(version, torch.int64),
+    )
+
+
+def _versions(response: Response) -> Array:
+    """int64[L]: version that sampled each token."""
+    versions = np.full(len(response.tokens), -1, dtype=np.int64)
+    for span in response.spans:
+        versions[span.start :] = span.version
+    return versions

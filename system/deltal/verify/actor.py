@@ -1,0 +1,103 @@
+"""Verifier: leases sampled groups, scores them in sandboxed processes, passes them on.
+
+Training groups go to the ReplayBuffer, evaluation groups to the Controller; only then the lease is acked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from deltal.config import VerifyConfig
+from deltal.monitor.http import serve_metrics
+from deltal.monitor.metrics import VerifyMetrics
+from deltal.queues.object_queue import get_by
+from deltal.types import Group, Lease, Response, ScoredGroup, Verdict
+from deltal.verify.sandbox import SandboxPool
+
+RPC_SECONDS = 60.0
+
+
+class Verifier:
+    """Threaded Ray actor. `run` lasts until `stop`; its failure is the Verifier's failure."""
+
+    def __init__(
+        self, *, name: str, run: str, settings: VerifyConfig, lease_seconds: float, rollouts: Any, replay: Any,
+        controller: Any, host: str, token: str | None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self._settings, self._lease_seconds = settings, lease_seconds
+        self._rollouts, self._replay, self._controller = rollouts, replay, controller
+        self._held: dict[str, Any] = {}
+        self._stopping = threading.Event()
+        self._metrics = VerifyMetrics(run, name)
+        self._server = serve_metrics(self._metrics.registry, host=host, token=token)
+
+    def metrics_port(self) -> int:
+        """Port of this actor's metrics."""
+        return self._server.port
+
+    def stop(self) -> None:
+        """Finish the groups at hand, then leave; `run` returns."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """The verification loop. Returns after `stop`."""
+        threading.Thread(target=self._renew, daemon=True, name="lease-renewer").start()
+        settings = self._settings
+        with SandboxPool(
+            processes=settings.processes, timeout=settings.timeout, memory_mib=settings.memory_mib
+        ) as pool:
+            while not self._stopping.is_set():
+                leases = get_by(self._rollouts.lease.remote(4, 1.0), seconds=RPC_SECONDS, what="the rollout queue")
+                self._held = {lease.token: lease.key for lease in leases}
+                for lease in leases:
+                    self._handle(pool, lease)
+                    self._held.pop(lease.token, None)
+
+    def _handle(self, pool: SandboxPool, lease: Lease[Any]) -> None:
+        try:
+            group: Group = get_by(lease.item[0], seconds=RPC_SECONDS, what=f"group {lease.key}")
+        except ray.exceptions.RayError:
+            return  # The queue died with its payload; reconcile has the group sampled again.
+        scored = ScoredGroup(group=group, verdicts=tuple(self._judge(pool, group)))
+        if group.id.purpose == "eval":
+            answer = self._controller.evaluated.remote([scored])
+            get_by(answer, seconds=RPC_SECONDS, what="the Controller to take an evaluation result")
+        else:
+            answer = self._replay.admit.remote([scored])
+            get_by(answer, seconds=RPC_SECONDS, what="the ReplayBuffer to admit a group")
+        self._rollouts.ack.remote([lease.token])
+        self._metrics.groups.inc()
+
+    def _judge(self, pool: SandboxPool, group: Group) -> list[Verdict]:
+        """One verdict a response; an overlong response is wrong unless the settings say otherwise."""
+        task = group.prompt.task
+        judged: list[Verdict | None] = [self._overlong(response) for response in group.responses]
+        open = [i for i, verdict in enumerate(judged) if verdict is None]
+        started = time.monotonic()
+        for i, verdict in zip(
+            open, pool.verify_many([(group.prompt, group.responses[i].text) for i in open]), strict=True
+        ):
+            judged[i] = verdict
+        if open:
+            self._metrics.seconds.labels(task=task).observe((time.monotonic() - started) / len(open))
+        verdicts = [verdict for verdict in judged if verdict is not None]
+        for verdict in verdicts:
+            self._metrics.verdicts.labels(task=task, reason=verdict.reason).inc()
+        return verdicts
+
+    def _overlong(self, response: Response) -> Verdict | None:
+        if response.finish == "length" and self._settings.overlong == "wrong":
+            return Verdict(reward=0.0, correct=False, parsed=None, reason="overlong", seconds=0.0)
+        return None
+
+    def _renew(self) -> None:
+        """Renew leases while a long verification runs."""
+        while not self._stopping.wait(self._lease_seconds / 4):
+            held = list(self._held.items())
+            if held:
+                self._rollouts.renew.remote(held)

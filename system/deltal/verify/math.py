@@ -1,0 +1,131 @@
+r"""MATH-style answers: the last \boxed of a response against the gold answer, by math-verify with guards before it.
+
+The guards take away what math-verify is known to get wrong: rounded decimals, units it ignores, ratios it divides,
+brackets never closed, and a few ways of writing numbers. Judged in a sandboxed process only: it has no clock here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deltal.verify.answers import Finding, compared, final_part, last_box
+
+LONGEST = 1000
+"""Characters of an answer; the longest gold answer of MATH has 160."""
+ROUNDING = 12
+"""Decimal places compared: with math-verify's own 6, 0.333333 would be 1/3."""
+
+# Spaces as thousands separators, only where the whole answer is such a number.
+SPACED_NUMBER = re.compile(r"[+-]?[0-9]{1,3}(?:(?:\\[,;: !]|[ ~]|\{,\})[0-9]{3})+(?:\.[0-9]+)?")
+SEPARATOR = re.compile(r"\\[,;: !]|[ ~]|\{,\}")
+SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})")
+RATIO = re.compile(r"[0-9]\s*:\s*[0-9]")
+UNIT = re.compile(r"\\(?:text|mathrm|textrm)\s*\{\s*([A-Za-z. ]+?)\s*\}\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*$")
+# A number as base and exponent of an exponent, or a factorial of one that fills the memory.
+TOWER = re.compile(r"\^\s*\{?\s*\(?\s*[0-9]+\s*\)?\s*\^|[0-9]{5,}\s*\)?\s*!|!\s*!|\^\s*\{?\s*[0-9]{5,}")
+
+UNITS = {
+    "mm": "millimeter millimeters",
+    "cm": "centimeter centimeters",
+    "m": "meter meters",
+    "km": "kilometer kilometers",
+    "in": "inch inches",
+    "ft": "foot feet",
+    "mi": "mile miles",
+    "s": "sec second seconds",
+    "min": "minute minutes",
+    "h": "hr hrs hour hours",
+    "day": "days",
+    "g": "gram grams",
+    "kg": "kilogram kilograms",
+}
+UNIT_NAMES = {name: unit for unit, names in UNITS.items() for name in (unit, *names.split())}
+
+
+def math(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
+    r"""The last \boxed{…} after the thoughts equals the answer; without any box the whole text is searched.
+
+    A box that is never closed is no answer, one inside thoughts that never end neither.
+    """
+    said, boxed = final_part(text), last_box(final_part(text))
+    if boxed is not None:
+        said = boxed
+    if not said.strip():
+        return Finding(False, None, "no answer")
+    if boxed is not None and said.strip() == answer.strip():
+        return compared(_balanced(said), said)
+    if boxed is not None and (refusal := _refusal(answer, said)) is not None:
+        return Finding(False, said, refusal)
+    if TOWER.search(said):
+        return Finding(False, said, "too large")
+    return _by_math_verify(_written_out(answer), _written_out(said), boxed is not None, said)
+
+
+def _refusal(answer: str, said: str) -> str | None:
+    """Why math-verify need not be asked, or must not."""
+    if len(said) > LONGEST:
+        return "too long"
+    if not (_balanced(said) and _balanced(answer)):
+        return "unclosed bracket"
+    if bool(RATIO.search(said)) != bool(RATIO.search(answer)):
+        return "ratio against number"
+    units = _unit(answer), _unit(said)
+    if None not in units and units[0] != units[1]:
+        return "other unit"
+    return None
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for sign in re.sub(r"\\.", "", text, flags=re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _unit(text: str) -> tuple[str, str] | None:
+    """Unit and its power at the end of an answer, if it is one of a table."""
+    found = UNIT.search(text.strip().rstrip("$."))
+    name = UNIT_NAMES.get(found[1].strip(" .").lower()) if found else None
+    return (name, found[2] or "1") if found and name else None
+
+
+def _written_out(text: str) -> str:
+    """Numbers that math-verify would misread, in digits."""
+    plain = _once_bracketed(text.strip())
+    if SPACED_NUMBER.fullmatch(plain):
+        return SEPARATOR.sub("", plain)
+    scientific = SCIENTIFIC.fullmatch(plain)
+    return rf"{scientific[1]} \times 10^{{{scientific[2]}}}" if scientific else plain
+
+
+def _once_bracketed(text: str) -> str:
+    """((x)) as (x): the parser's time grows steeply with nesting."""
+    more = min(len(text) - len(text.lstrip("(")), len(text) - len(text.rstrip(")"))) - 1
+    inner = text[more : len(text) - more] if more > 0 else text
+    depth = 0
+    for place, sign in enumerate(inner):
+        depth += {"(": 1, ")": -1}.get(sign, 0)
+        if depth <= 0 and place < len(inner) - 1:
+            return text  # the outermost brackets are no pair, as in ((1,2),(3,4))
+    return inner
+
+
+def _by_math_verify(answer: str, said: str, boxed: bool, parsed: str) -> Finding:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    # It warns at every call that its own clock is off; ours is the sandbox's, which also ends what holds the GIL.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    ways = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    gold = parse(rf"\boxed{{{answer}}}", ways, parsing_timeout=None)
+    if not gold:
+        return Finding(False, parsed, "gold answer not understood")
+    found = parse(rf"\boxed{{{said}}}" if boxed else said, ways, parsing_timeout=None)
+    if not found:
+        return Finding(False, parsed if boxed else None, "not understood" if boxed else "no answer")
+    equal = verify(gold, found, float_rounding=ROUNDING, allow_set_relation_comp=True, timeout_seconds=None)
+    return compared(bool(equal), parsed if boxed else str(found[-1]))

@@ -1,0 +1,58 @@
+"""Tasks of reasoning-gym, judged by their own scoring functions, 1 for a perfect score and 0 for anything less.
+
+Some of these functions hand the model's text to `eval` or sympy's parser (countdown, puzzle24, n_queens, …): this file
+refuses to work outside of a sandboxed process.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deltal.errors import DataError
+from deltal.verify.answers import NUMBER, Finding, final_part, last_box, last_line, last_tag, needed
+from deltal.verify.isolation import is_sandboxed
+
+LONGEST = 20_000
+"""Characters of an answer handed to a scoring function."""
+PERFECT = 1.0 - 1e-9
+
+
+def reasoning_gym(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
+    r"""The task's score is 1. Fields: `name` of the task and its `entry`, as `data/reasoning.py` writes them.
+
+    What is scored: the last `<answer>…</answer>`, else the last \boxed, else for a numeric answer the last number,
+    else the whole text after the thoughts if the answer has several lines, and its last line if not.
+    Raises RuntimeError outside of a sandboxed process, DataError for a prompt without name or entry.
+    """
+    if not is_sandboxed():
+        raise RuntimeError("reasoning-gym evaluates the model's text: only a sandboxed process may score it")
+    from reasoning_gym import get_score_answer_fn
+
+    from deltal.data.reasoning import entry_from_json
+
+    name, entry = needed(fields, "name", "reasoning_gym"), needed(fields, "entry", "reasoning_gym")
+    said = _said(answer, final_part(text))
+    if not said:
+        return Finding(False, None, "no answer")
+    if len(said) > LONGEST:
+        return Finding(False, said, "too long")
+    try:
+        score = get_score_answer_fn(name)
+    except ValueError as error:
+        raise DataError(f"reasoning_gym has no task {name!r}") from error
+    value = float(score(said, entry_from_json(entry)))
+    correct = math.isfinite(value) and value >= PERFECT
+    return Finding(correct, said, "equal" if correct else "different")
+
+
+def _said(answer: str, text: str) -> str:
+    for marked in (last_tag(text, "answer"), last_box(text)):
+        if marked is not None:
+            return marked
+    if re.fullmatch(r"[+-]?[0-9]+(?:\.[0-9]+)?", answer.strip()):
+        numbers = NUMBER.findall(text)
+        return str(numbers[-1]).replace(",", "") if numbers else ""
+    return text.strip() if "\n" in answer.strip() else last_line(text)

@@ -1,0 +1,137 @@
+"""The one place where a task's name meets its verifier.
+
+A new verifier is one function `(answer, fields, text) -> Finding` in one file and one line in `VERIFIERS`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import functools
+import importlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deltal.errors import DataError
+from deltal.types import Prompt, Response, Verdict
+from deltal.verify.answers import Finding
+from deltal.verify.code import code
+from deltal.verify.countdown import countdown
+from deltal.verify.isolation import is_sandboxed
+from deltal.verify.math import math
+from deltal.verify.numbers import gsm8k, largest
+from deltal.verify.reasoning import reasoning_gym
+from deltal.verify.sandbox import SandboxPool
+
+Judge = Callable[[str, Mapping[str, Any], str], Finding]
+
+PARSED_CHARACTERS = 500
+"""What a verdict keeps of the parsed answer: a response may be long."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verifier:
+    """How a task is judged."""
+
+    judge: Judge
+    """`(answer, fields, text) -> Finding`."""
+    library: str | None = None
+    """Imported before the clock of an item starts."""
+    in_sandbox: bool = False
+    """Only ever judged in a sandboxed process: it may run without end, or eat memory."""
+    evaluates_text: bool = False
+    """It may execute what the response says: a fork of the sandboxed process for every item."""
+
+    def prepare(self) -> None:
+        """Import what the judge needs."""
+        if self.library is not None:
+            importlib.import_module(self.library)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "largest": Verifier(judge=largest),
+    "gsm8k": Verifier(judge=gsm8k),
+    "countdown": Verifier(judge=countdown),
+    "math": Verifier(judge=math, library="math_verify", in_sandbox=True),
+    "reasoning_gym": Verifier(judge=reasoning_gym, library="reasoning_gym", in_sandbox=True, evaluates_text=True),
+    "code": Verifier(judge=lambda answer, fields, text: code(answer, fields, text, **_limits)),
+}
+
+_limits: dict[str, Any] = {"timeout": 10.0, "memory_mib": 1024}
+
+
+def set_limits(*, timeout: float, memory_mib: int) -> None:
+    """What a program of the task `code` may use: seconds (a little less, so that it ends before us) and MiB."""
+    _limits.update(timeout=0.9 * timeout, memory_mib=memory_mib)
+
+
+def find(task: str) -> Verifier:
+    """The verifier of a task. Raises DataError that names the nearest known task."""
+    if task not in VERIFIERS:
+        near = difflib.get_close_matches(str(task), VERIFIERS, n=1, cutoff=0.0)[0]
+        raise DataError(f"no verifier for task {task!r}; the nearest is {near!r} of {', '.join(VERIFIERS)}")
+    return VERIFIERS[task]
+
+
+def judge(task: str, answer: str, fields: Mapping[str, Any], text: str) -> Verdict:
+    """Judge in this process. Reward 1 or 0; a verifier that breaks on a response makes it wrong, with the reason.
+
+    Raises DataError for an unknown task, and for a prompt that lacks what its task needs.
+    """
+    started = time.perf_counter()
+    try:
+        finding = find(task).judge(answer, fields, text)
+    except DataError:
+        raise
+    except MemoryError:
+        finding = Finding(correct=False, parsed=None, reason="memory")
+    except Exception as error:  # whatever a hostile text provokes in a library
+        finding = Finding(correct=False, parsed=None, reason=f"error: {type(error).__name__}")
+    parsed = None if finding.parsed is None else finding.parsed[:PARSED_CHARACTERS]
+    return Verdict(
+        reward=float(finding.correct),
+        correct=finding.correct,
+        parsed=parsed,
+        reason=finding.reason,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def verify(prompt: Prompt | Mapping[str, Any], response: Response | str) -> Verdict:
+    """Judge one response.
+
+    `prompt`: a `Prompt`, or a mapping with `task`, `answer` and the task's fields; `response`: a `Response` or its
+    text. Tasks that may hang or evaluate text are judged in a sandboxed process with 10 s and 1,024 MiB, started at the
+    first such call and kept. Raises DataError for an unknown task or a prompt that lacks what its task needs.
+    """
+    asked = prompt if isinstance(prompt, Prompt) else _as_prompt(prompt)
+    text = response if isinstance(response, str) else response.text
+    if find(asked.task).in_sandbox and not is_sandboxed():
+        with _pool_lock:
+            return _own_pool().verify_many([(asked, text)])[0]
+    from deltal.verify.messages import request_fields
+
+    return judge(asked.task, asked.answer, request_fields(asked), text)
+
+
+_pool_lock = threading.Lock()
+
+
+@functools.cache
+def _own_pool() -> SandboxPool:
+    pool = SandboxPool(processes=1, timeout=10.0, memory_mib=1024)
+    atexit.register(pool.close)
+    return pool
+
+
+def _as_prompt(given: Mapping[str, Any]) -> Prompt:
+    missing = [name for name in ("task", "answer") if given.get(name) is None]
+    if missing:
+        raise DataError(f"a prompt without {' and '.join(missing)} cannot be verified")
+    fields = {name: value for name, value in given.items() if name not in ("id", "task", "answer")}
+    return Prompt(
+        id=str(given.get("id", "")), task=str(given["task"]), messages=(), answer=str(given["answer"]), fields=fields
+    )

@@ -1,0 +1,285 @@
+"""Verdicts, task by task, and texts written to deceive."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltal.config import GeneratedData, JsonlData, ReasoningGymData
+from deltal.data.datasets import load_prompts
+from deltal.errors import DataError
+from deltal.types import Response
+from deltal.verify import verify
+from deltal.verify.answers import final_part, last_box
+from deltal.verify.reasoning import reasoning_gym
+from deltal.verify.sandbox import isolation_kind
+
+isolated = pytest.mark.skipif(isolation_kind() == "none", reason="this machine has neither bubblewrap nor namespaces")
+
+
+def correct(task: str, answer: str, text: str, **fields: Any) -> bool:
+    return verify({"task": task, "answer": answer, **fields}, text).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("98", True),
+        ("The largest is 98.", True),
+        ("18, 73, 98", True),
+        ("98,73,18", False),
+        ("18,73,98", True),
+        ("13,12,98", True),
+        ("98 is larger than 73", False),
+        ("98.5", False),
+        ("198", False),
+        ("-98", False),
+        ("it is number-98", True),
+        ("<think>18</think> 98", True),
+        ("<think>98", False),
+        ("", False),
+        ("none", False),
+        ("9" * 100_000, False),
+        ("\u0669\u0668", False),
+    ],
+)
+def test_largest_is_the_last_number(text: str, expected: bool) -> None:
+    assert correct("largest", "98", text, numbers=[18, 73, 98]) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("72", "#### 72", True),
+        ("72", "#### 71\nno, #### 72", True),
+        ("72", "It is 72. #### 5", False),
+        ("72", r"5 and \boxed{72} and 9", True),
+        ("72", r"\boxed{72\text{ clips}}", True),
+        ("72", r"\boxed{72", False),
+        ("72", "So she sold 48+24 = 72 clips altogether in April and May.", True),
+        ("118000", r"\boxed{118,000}", True),
+        ("118000", r"\boxed{\$118{,}000}", True),
+        ("118000", "#### 118,000", True),
+        ("11", "13,12,11", True),
+        ("3", "3.0", True),
+        ("3", "3.01", False),
+        ("-3", "#### -3", True),
+        ("3", r"\boxed{6/2}", True),
+        ("3", r"\boxed{6/0}", False),
+        ("72", r"<think>\boxed{72}", False),
+        ("72", r"thoughts \boxed{5}</think> \boxed{72}", True),
+        ("72", "#### " + "9" * 100_000, False),
+    ],
+)
+def test_gsm8k(answer: str, text: str, expected: bool) -> None:
+    assert correct("gsm8k", answer, text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<answer> (3 + 5) * 2 </answer>", True),
+        ("<think>x</think>\n<answer>(5 + 3) * 2 = 16</answer>", True),
+        ("<answer>1</answer> or <answer>2*(3+5)</answer>", True),
+        (r"\boxed{(3+5) \times 2}", True),
+        ("Let me see:\n(3 + 5) * 2 = 16", True),
+        ("Answer: 16 = 2 * (3 + 5).", True),
+        ("<answer>16</answer>", False),
+        ("<answer>(3 + 5) * 2 = 17</answer>", False),
+        ("<answer>3.5*2+9</answer>", False),
+        ("<answer>3 + 5 + 8</answer>", False),
+        ("<answer>(3 + 5) * 2 * 1</answer>", False),
+        ("<answer>(3 + 5) * 2 + 2 - 2</answer>", False),
+        ("<answer>2 ** (5 - 3) * 4</answer>", False),
+        ("<answer>5 // 3 * 2</answer>", False),
+        ("<answer>-(3 + 5) * -2</answer>", False),
+        ("<answer>35 - 2</answer>", False),
+        ("<answer>2 / (3 - 3) + 5</answer>", False),
+        ("<answer>__import__('os').system('true')</answer>", False),
+        ("<answer>99**98**97</answer>", False),
+        ("9**9**9", False),
+        ("<answer>" + "(" * 100_000 + "</answer>", False),
+        ("<answer>" + "(" * 140 + "3+5" + ")" * 140 + "*2</answer>", True),
+        ("<answer>\uff13+5</answer>", False),
+        ("<think><answer>(3+5)*2</answer>", False),
+        ("", False),
+    ],
+)
+def test_countdown_is_judged_by_rule(text: str, expected: bool) -> None:
+    assert correct("countdown", "(3 + 5) * 2", text, nums=[3, 5, 2], target=16) is expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789+-*/() =", max_size=40))
+def test_countdown_never_accepts_other_numbers_or_another_value(text: str) -> None:
+    verdict = verify({"task": "countdown", "answer": "-", "nums": [7, 12], "target": 19}, text)
+    if verdict.correct:  # the only ways to make 19 of 7 and 12
+        side = (verdict.parsed or "").replace(" ", "").replace("(", "").replace(")", "")
+        assert set(side.split("=")) - {"19"} <= {"7+12", "12+7"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 99), min_size=2, max_size=4), st.lists(st.sampled_from("+-*/"), min_size=3, max_size=3))
+def test_countdown_accepts_what_is_exactly_right(numbers: list[int], operations: list[str]) -> None:
+    expression, value = str(numbers[0]), Fraction(numbers[0])
+    for sign, number in zip(operations, numbers[1:], strict=False):
+        expression = f"({expression}) {sign} {number}"
+        value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[sign]
+    right = value.denominator == 1
+    asked = {"task": "countdown", "answer": "-", "nums": numbers, "target": int(value)}
+    assert verify(asked, f"<answer>{expression}</answer>").correct is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        (r"\frac{1}{2}", r"So \boxed{0.5}", True),
+        (r"\frac{1}{3}", r"\boxed{0.333333}", False),
+        (r"12\text{ cm}", r"\boxed{12\text{ m}}", False),
+        (r"12\text{ cm}^2", r"\boxed{12}", True),
+        (r"\frac12", r"\boxed{1:2}", False),
+        (r"(2,\infty)", r"\boxed{x>2}", True),
+        ("10080", r"\boxed{10\,080}", True),
+        ("300000", r"\boxed{3e5}", True),
+        ("7", r"First \boxed{5}, no: \boxed{7}.", True),
+        ("7", r"\boxed{7} and not \boxed{5}", False),
+        ("7", r"<think>\boxed{7}", False),
+        ("7", r"<think>\boxed{5}</think> It is \boxed{7}.", True),
+        ("7", r"\boxed{7", False),
+        (r"\frac{1}{2}", r"\boxed{\frac{1}{2}", False),
+        ("7", "The answer is 3 or 5 or 7", False),
+        ("7", r"\boxed{" + "(" * 200 + "7" + ")" * 200 + "}", True),
+        ("7", r"\boxed{9^{9^{9^{9}}}}", False),
+        ("7", r"\boxed{10000000!}", False),
+        ("7", r"\boxed{" + "9" * 5000 + "}", False),
+        ("7", "", False),
+    ],
+)
+def test_math(answer: str, text: str, expected: bool) -> None:
+    assert correct("math", answer, text) is expected
+
+
+def test_boxes_and_thoughts() -> None:
+    assert last_box(r"\boxed{\frac{1}{2}} x \boxed {a\}b}") == r"a\}b"
+    assert last_box("none") is None
+    assert last_box(r"\boxed{1} \boxed{2") == ""
+    assert final_part("a</think>b<think>c") == "b"
+
+
+HUMANEVAL = {
+    "task": "code",
+    "answer": "    return a + b\n",
+    "prompt": 'import math\n\ndef add(a, b):\n    """Sum."""\n',
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(math.inf, 1) == math.inf\n",
+    "entry_point": "add",
+}
+MBPP = {"task": "code", "answer": "-", "setup": "one = 1", "tests": ["assert add(one, 2) == 3"]}
+
+
+@isolated
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("    return a + b\n", "passed"),
+        ("return a + b", "passed"),
+        ("Here:\n```python\ndef add(a, b):\n    return a + b\n```\nUse:\n```python\nadd(1, 2)\n```", "passed"),
+        ("```python\nfrom __future__ import annotations\ndef add(a: x, b: y):\n    return a + b\n```", "passed"),
+        ("    return a - b", "failed"),
+        ("    import sys; sys.exit(0)", "failed"),
+        ("    import os; os._exit(0)", "failed"),
+        ("    this is no Python", "failed"),
+        ("    import os\n    while True: os.write(3, b'x' * 65536)", "failed"),
+        ("", "no answer"),
+    ],
+)
+def test_a_program_must_run_to_the_end_of_its_tests(text: str, reason: str) -> None:
+    verdict = verify(HUMANEVAL, text)
+    assert (verdict.reason, verdict.correct) == (reason, reason == "passed")
+
+
+@isolated
+def test_mbpp_style_runs_program_then_setup_then_tests() -> None:
+    assert verify(MBPP, "def add(a, b):\n    return a + b").reason == "passed"
+    assert verify(MBPP, "one = 7\ndef add(a, b):\n    return b + 2").reason == "failed"
+
+
+@isolated
+def test_a_program_can_neither_write_files_nor_reach_the_network(tmp_path: Path) -> None:
+    inside = Path(__file__).parent / "written_by_a_program"
+    for attack in (
+        f"open({str(inside)!r}, 'w')",
+        "import socket; socket.create_connection(('127.0.0.1', 22), 1)",
+        "import socket; socket.getaddrinfo('example.org', 80)",
+    ):
+        assert verify(MBPP, f"def add(a, b): return a + b\n{attack}").reason == "failed", attack
+    assert not inside.exists()
+
+
+def test_without_isolation_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltal.verify.sandbox.isolation_kind", lambda: "none")
+    verdict = verify(MBPP, "def add(a, b): return a + b")
+    assert (verdict.reason, verdict.reward) == ("no sandbox", 0.0)
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "countdown", "arc_agi", "string_insertion"])
+def test_reasoning_gym_takes_the_gold_answer_and_nothing_near(name: str) -> None:
+    (prompt,) = load_prompts(ReasoningGymData(name=name, size=1, seed=5))
+    assert verify(prompt, f"<think>hm</think><answer>{prompt.answer}</answer>").reward == 1.0
+    assert verify(prompt, f"<answer>{prompt.answer} 1</answer>").reward == 0.0
+    assert verify(prompt, "").reason == "no answer"
+
+
+def test_reasoning_gym_is_never_scored_outside_of_a_sandbox() -> None:
+    with pytest.raises(RuntimeError, match="only a sandboxed process"):
+        reasoning_gym("1", {"name": "chain_sum", "entry": {}}, "1")
+
+
+def test_generated_and_sample_prompts_accept_their_own_answers() -> None:
+    for config in (GeneratedData(size=20), GeneratedData(name="countdown_two", size=20)):
+        assert all(verify(prompt, prompt.answer).correct for prompt in load_prompts(config))
+    for prompt in load_prompts(JsonlData(path="countdown_train.jsonl")):
+        assert verify(prompt, f"<answer>{prompt.answer}</answer>").correct
+    for prompt in load_prompts(JsonlData(path="gsm8k_test.jsonl")):
+        assert verify(prompt, f"#### {prompt.answer}").correct
+    for prompt in load_prompts(JsonlData(path="math500_test.jsonl")):
+        assert verify(prompt, rf"\boxed{{{prompt.answer}}}").correct
+
+
+def test_a_response_is_taken_as_its_text() -> None:
+    empty = np.zeros(0)
+    response = Response(tokens=empty, logprobs=empty, mask=empty, spans=(), finish="stop", text="it is 98")  # type: ignore[arg-type]
+    verdict = verify({"task": "largest", "answer": "98"}, response)
+    assert (verdict.reward, verdict.correct, verdict.parsed, verdict.reason) == (1.0, True, "98", "equal")
+    assert verdict.seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"task": "gsm8", "answer": "1"}, "no verifier for task 'gsm8'; the nearest is 'gsm8k'"),
+        ({"task": "countdown", "answer": "1"}, "needs the field 'nums'"),
+        ({"task": "countdown", "answer": "1", "nums": ["x"], "target": 1}, "nums ="),
+        ({"task": "gsm8k", "answer": "many"}, "'many' of a gsm8k prompt is no number"),
+        ({"task": "code", "answer": "1"}, "needs the field 'test'"),
+        ({"task": "reasoning_gym", "answer": "1"}, "needs the field 'name'"),
+        ({"task": "math"}, "a prompt without answer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_judged_is_named(prompt: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        verify(prompt, "1")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=200), st.sampled_from(["largest", "gsm8k", "countdown"]))
+def test_no_text_breaks_a_verifier(text: str, task: str) -> None:
+    verdict = verify({"task": task, "answer": "7", "nums": [3, 4], "target": 7}, text)
+    assert not verdict.reason.startswith("error")
+    json.dumps(verdict.parsed)
