@@ -64,7 +64,7 @@ def raw_text(chat: Chat, tokens: Any) -> str:
         ({"template": "plain", "system_prompt": "Answer."}, "Answer.\nHi, é?"),
     ],
 )
-def test_templates(folder: Path, settings: dict[str, Any], expected: str) -> None:
+def test_every_template_renders_its_own_form(folder: Path, settings: dict[str, Any], expected: str) -> None:
     chat = Chat(str(folder), ChatConfig(**settings))
     tokens = chat.encode(asking("Hi, é?"))
     assert tokens.dtype == np.int32

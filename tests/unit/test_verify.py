@@ -78,7 +78,7 @@ def test_largest_is_the_last_number(text: str, expected: bool) -> None:
         ("72", "#### " + "9" * 100_000, False),
     ],
 )
-def test_gsm8k(answer: str, text: str, expected: bool) -> None:
+def test_gsm8k_is_mark_then_box_then_last_number(answer: str, text: str, expected: bool) -> None:
     assert correct("gsm8k", answer, text) is expected
 
 
@@ -162,11 +162,11 @@ def test_countdown_accepts_what_is_exactly_right(numbers: list[int], operations:
         ("7", "", False),
     ],
 )
-def test_math(answer: str, text: str, expected: bool) -> None:
+def test_math_is_the_last_box_after_the_thoughts(answer: str, text: str, expected: bool) -> None:
     assert correct("math", answer, text) is expected
 
 
-def test_boxes_and_thoughts() -> None:
+def test_boxes_and_thoughts_are_found_in_nested_text() -> None:
     assert last_box(r"\boxed{\frac{1}{2}} x \boxed {a\}b}") == r"a\}b"
     assert last_box("none") is None
     assert last_box(r"\boxed{1} \boxed{2") == ""

@@ -7,6 +7,7 @@ group on weights older than the version stamped at issue, and streams each group
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections import deque
@@ -80,6 +81,10 @@ class RolloutWorker:
             "version": engine.version if engine else None,
             "open_groups": len(self._open),
         }
+
+    def pid(self) -> int:
+        """Process id of this actor."""
+        return os.getpid()
 
     def stop(self) -> None:
         """Finish the groups under way, then leave; `run` returns."""

@@ -5,6 +5,7 @@ Training groups go to the ReplayBuffer, evaluation groups to the Controller; onl
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -39,6 +40,10 @@ class Verifier:
     def metrics_port(self) -> int:
         """Port of this actor's metrics."""
         return self._server.port
+
+    def pid(self) -> int:
+        """Process id of this actor."""
+        return os.getpid()
 
     def stop(self) -> None:
         """Finish the groups at hand, then leave; `run` returns."""

@@ -33,6 +33,7 @@ LAST_CAPABILITY = 63
 FILE_BYTES = 64 * 2**20
 """Largest file, and size of the private temporary folder."""
 OPEN_FILES = 256
+TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 INNER_ID = 1000
 """User and group inside: not 0, which only a process with privileges could map once more for a program inside."""
 
@@ -95,6 +96,14 @@ def end_other_processes() -> None:
         os.kill(-1, signal.SIGKILL)
 
 
+def bubblewrap() -> list[str]:
+    """Command before the interpreter: bubblewrap with read-only files, no network and its own process ids."""
+    hidden = [path for path in TEMPORARY if Path(path).is_dir() and not needed_under(path)]
+    covers = [word for path in hidden for word in ("--tmpfs", path)]
+    command = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+    return [*command, *covers, "--unshare-all", "--die-with-parent", "--"]
+
+
 def needed_under(folder: str) -> bool:
     """Whether covering `folder` would hide the interpreter or a library from this process."""
     needed = [sys.prefix, sys.base_prefix, sys.executable, __file__, *sys.path]
@@ -123,7 +132,7 @@ def _enter_namespaces() -> None:
     # The old /proc shows processes outside, though they cannot be touched: some containers allow no new one.
     _mount("proc", "/proc", "proc", MS_NOSUID_NODEV, None)
     own = next(
-        (folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if Path(folder).is_dir() and not needed_under(folder)),
+        (folder for folder in TEMPORARY if Path(folder).is_dir() and not needed_under(folder)),
         None,
     )
     if own is not None and _mount("tmpfs", own, "tmpfs", MS_NOSUID_NODEV, f"size={FILE_BYTES}") == 0:

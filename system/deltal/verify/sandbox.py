@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from deltal.errors import DataError, DeadlineError, ResourceError
 from deltal.types import Prompt, Verdict
-from deltal.verify.isolation import needed_under
+from deltal.verify.isolation import bubblewrap
 from deltal.verify.messages import Call, FrameReader, to_frame, verdict_of
 
 Outcome = Literal["passed", "failed", "timeout", "no sandbox"]
@@ -71,7 +71,8 @@ def _run_isolated(kind: Isolation, parts: Sequence[str], *, timeout: float, memo
     secret = secrets.token_hex(16)
     own = "wrapped" if kind == "bwrap" else "namespaces"
     arguments = [sys.executable, "-I", str(ISOLATION_SCRIPT), own, str(memory_mib), str(os.getpid())]
-    process = _start([*_wrapper(kind), *arguments], stderr=subprocess.DEVNULL)
+    wrapper = bubblewrap() if kind == "bwrap" else []
+    process = _start([*wrapper, *arguments], stderr=subprocess.DEVNULL)
     try:
         return _outcome(process, secret, json.dumps([secret, *parts]).encode(), time.monotonic() + timeout)
     finally:
@@ -97,16 +98,6 @@ def _outcome(process: subprocess.Popen[bytes], secret: str, program: bytes, dead
                 break
             printed += received
     return "passed" if printed == secret.encode() else "failed"
-
-
-def _wrapper(kind: Isolation) -> list[str]:
-    """Command before the interpreter: bubblewrap with read-only files, no network, own process ids."""
-    if kind != "bwrap":
-        return []
-    hidden = [path for path in ("/tmp", "/var/tmp", "/dev/shm") if Path(path).is_dir() and not needed_under(path)]
-    covers = [word for path in hidden for word in ("--tmpfs", path)]
-    command = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    return [*command, *covers, "--unshare-all", "--die-with-parent", "--"]
 
 
 def _start(command: list[str], *, stderr: int) -> subprocess.Popen[bytes]:
@@ -151,7 +142,8 @@ class _Worker:
     def __init__(self, timeout: float, memory_mib: int) -> None:
         kind = isolation_kind()
         arguments = [sys.executable, "-P", "-m", "deltal.verify.worker", kind, str(memory_mib), str(os.getpid())]
-        self.process = _start([*_wrapper(kind), *arguments, str(timeout)], stderr=subprocess.PIPE)
+        wrapper = bubblewrap() if kind == "bwrap" else []
+        self.process = _start([*wrapper, *arguments, str(timeout)], stderr=subprocess.PIPE)
         self.state: Literal["starting", "idle", "given", "judging"] = "starting"
         self.deadline = time.monotonic() + START_SECONDS
         self.item: int | None = None

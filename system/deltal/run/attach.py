@@ -1,0 +1,54 @@
+"""Reaching a living run from another terminal: its Controller, by the address in its run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from deltal.errors import DeadlineError, RunNotFoundError
+from deltal.queues.object_queue import get_by
+from deltal.run.folder import RunFolder, lock_is_alive
+
+RPC_SECONDS = 30.0
+
+
+def is_alive(folder: RunFolder) -> bool:
+    """Whether a process drives the run now."""
+    return lock_is_alive(folder.read_json("lock.json"), folder.config().run.heartbeat_seconds)
+
+
+@contextlib.contextmanager
+def controller(folder: RunFolder) -> Iterator[Any]:
+    """The Controller's handle. Raises RunNotFoundError when the run is not alive or cannot be reached from here."""
+    state = (folder.read_json("summary.json") or {}).get("state", "never started")
+    place = folder.read_json("cluster.json")
+    if not is_alive(folder) or not place:
+        raise RunNotFoundError(
+            f"{folder.name} is not running (last state: {state}); `deltal resume {folder.name}` makes it go on"
+        )
+    try:
+        ray.init(
+            address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR"
+        )
+        yield ray.get_actor(place["controller"])
+    except (ConnectionError, ValueError) as error:
+        raise RunNotFoundError(
+            f"{folder.name} runs on the Ray cluster at {place['address']}, which does not answer from here: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    finally:
+        ray.shutdown()
+
+
+def call(folder: RunFolder, method: str, *arguments: Any) -> Any:
+    """Call one method of a living run's Controller. Raises RunNotFoundError, DeadlineError."""
+    with controller(folder) as handle:
+        try:
+            return get_by(
+                getattr(handle, method).remote(*arguments), seconds=RPC_SECONDS, what=f"{folder.name}'s Controller"
+            )
+        except ray.exceptions.ActorDiedError:
+            raise DeadlineError(f"{folder.name}'s Controller just died; its driver resumes it") from None

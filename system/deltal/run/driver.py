@@ -1,0 +1,136 @@
+"""The driver: the process of `deltal train`. It locks the run folder, starts or joins Ray, creates the Controller,
+shows progress, and resumes the run when the Controller dies.
+
+Without an address Ray is local and ends with the driver; its address stands in the run folder, so that `status`,
+`scale` and `stop` work from another terminal. A submitted job runs the same code with `--address auto`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from deltal.config import RunConfig
+from deltal.errors import ActorLostError, AddressError, DeadlineError
+from deltal.run.controller import Controller
+from deltal.run.folder import FolderLock, RunFolder
+from deltal.run.plan import Plan
+
+NAMESPACE = "deltal"
+GIB = 2**30
+Status = dict[str, Any]
+
+
+def drive(
+    config: RunConfig, folder: RunFolder, plan: Plan, *, address: str | None, show: Callable[[Status], None]
+) -> dict[str, Any]:
+    """Run until done, stopped or failed; returns the summary. `show` gets the status about once a second.
+
+    Raises RunInUseError, AddressError, and ActorLostError when the Controller died more often than allowed.
+    """
+    token = os.environ.get("DELTAL_TOKEN") or None
+    with FolderLock(folder, beat=config.run.heartbeat_seconds, on_loss=_lost_folder), _cluster(address, plan) as where:
+        folder.write_json("cluster.json", {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)})
+        for life in range(config.run.max_resumes + 1):
+            try:
+                return _live(config, folder, token, show)
+            except ray.exceptions.ActorDiedError as error:
+                if life == config.run.max_resumes:
+                    raise ActorLostError(f"the Controller died {life + 1} times; last: {_one_line(error)}") from None
+                print(f"deltal: the Controller died; resuming the run ({_one_line(error)})", file=sys.stderr)  # noqa: T201
+    raise AssertionError("unreachable")
+
+
+def actor_name(folder: RunFolder) -> str:
+    """Ray name of a run's Controller."""
+    return f"controller/{folder.name}"
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
+    """A local Ray, or a connection to the one at `address`; yields its address."""
+    quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address is None:
+            store = int((sum(plan.object_store_gib.values()) + 0.5) * GIB)
+            context = ray.init(
+                **quiet, include_dashboard=False, object_store_memory=store, _node_ip_address="127.0.0.1"
+            )
+        else:
+            context = ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "a local Ray could not be started" if address is None else f"no Ray cluster answers at {address}"
+        raise AddressError(f"{where}: {_one_line(error)}") from None
+    try:
+        yield context.address_info["gcs_address"]
+    finally:
+        ray.shutdown()
+
+
+def _live(config: RunConfig, folder: RunFolder, token: str | None, show: Callable[[Status], None]) -> dict[str, Any]:
+    """One life of the Controller. Raises ActorDiedError when it dies."""
+    controller = _create(config, folder, token)
+    finished = controller.run.remote()
+    with _stop_on_signal(controller):
+        while True:
+            done, _ = ray.wait([finished], timeout=1.0)
+            if done:
+                return ray.get(finished)  # type: ignore[no-any-return]
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                show(ray.get(controller.status.remote(), timeout=5.0))
+
+
+def _create(config: RunConfig, folder: RunFolder, token: str | None) -> Any:
+    """The named Controller; a dead one's name is free within seconds."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        try:
+            actor = ray.remote(Controller).options(name=actor_name(folder), num_cpus=0, max_concurrency=1000)
+            return actor.remote(config, folder.url, token)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"waited 60 s for the name {actor_name(folder)}: {error}") from None
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _stop_on_signal(controller: Any) -> Iterator[None]:
+    """Ctrl-C (or a job's SIGTERM) stops the run in order; a second one leaves at once."""
+    seen = 0
+
+    def handle(number: int, _: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            print("deltal: leaving at once; `deltal resume` goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+            sys.stderr.flush()
+            # Ray's processes end with this one.
+            os._exit(130)
+        print("deltal: stopping after this step; once more to leave at once", file=sys.stderr)  # noqa: T201
+        controller.stop.remote()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _lost_folder() -> None:
+    print("deltal: another process took the run folder; this one leaves", file=sys.stderr)  # noqa: T201
+    os._exit(3)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,97 @@
+"""Held-out evaluation: what is outstanding, what came back, and intervals by bootstrap over prompts. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltal.config import RunConfig
+from deltal.types import GroupId, Prompt, RolloutRequest, ScoredGroup
+
+RESAMPLES = 10_000
+
+
+@dataclass
+class Evaluation:
+    """One pass over the held-out prompts: `requested -> scored`, each prompt once, whatever is delivered twice."""
+
+    label: str
+    """`before`, `after` or `during`."""
+    version: int
+    """Policy version when it began."""
+    requests: dict[GroupId, RolloutRequest] = field(default_factory=dict)
+    results: dict[GroupId, ScoredGroup] = field(default_factory=dict)
+
+    @staticmethod
+    def of(label: str, version: int, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
+        """Requests for all held-out prompts at `version`."""
+        settings, rollout = config.evaluation, config.rollout
+        requests = {}
+        for index, prompt in enumerate(prompts[: settings.prompts]):
+            id = GroupId(purpose="eval", epoch=version, index=index)
+            requests[id] = RolloutRequest(
+                id=id,
+                prompt=prompt,
+                issued_version=version,
+                responses=settings.responses_per_prompt,
+                temperature=settings.temperature or rollout.temperature,
+                max_tokens=rollout.max_response_tokens,
+            )
+        return Evaluation(label=label, version=version, requests=requests)
+
+    def take(self, scored: ScoredGroup) -> None:
+        """Keep a result of this evaluation; others and second deliveries are ignored."""
+        if scored.group.id in self.requests:
+            self.results.setdefault(scored.group.id, scored)
+
+    def missing(self, present: set[GroupId]) -> list[RolloutRequest]:
+        """Requests without a result that are in no queue and no lease."""
+        return [r for id, r in self.requests.items() if id not in self.results and id not in present]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every prompt has its result."""
+        return len(self.results) == len(self.requests)
+
+    def row(self) -> dict[str, Any]:
+        """The result for evaluations.jsonl: accuracy in [0, 1] with its interval, and each prompt's own.
+
+        A prompt longer than the limit has no response and counts as wrong.
+        """
+        ordered = [self.results[id] for id in sorted(self.results)]
+        correct = [float(np.mean([v.correct for v in s.verdicts])) if s.verdicts else 0.0 for s in ordered]
+        spans = [span for s in ordered for r in s.group.responses for span in r.spans]
+        lengths = [response.length for s in ordered for response in s.group.responses]
+        return {
+            "label": self.label,
+            "version": self.version,
+            "prompts": len(ordered),
+            "accuracy": float(np.mean(correct)) if correct else None,
+            "interval_95": mean_interval(correct) if correct else None,
+            "versions": sorted({span.version for span in spans}),
+            "response_length": float(np.mean(lengths)) if lengths else None,
+            "too_long": sum(not s.verdicts for s in ordered),
+            "correct": correct,
+        }
+
+
+def mean_interval(values: Sequence[float], *, seed: int = 0) -> list[float]:
+    """95% bootstrap interval of the mean over prompts (percentiles of 10,000 resamples)."""
+    data = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(data), (RESAMPLES, len(data)))
+    low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, list[float]]:
+    """Mean gain over the same prompts and its 95% interval, resampling prompts (paired bootstrap).
+
+    Raises ValueError when the two are not about equally many prompts.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} prompts before, {len(after)} after: a paired gain needs the same ones")
+    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return float(gains.mean()), mean_interval(gains.tolist())

@@ -1,0 +1,195 @@
+"""The run folder (path or fsspec URL): all a run needs to be resumed. Held by one living run at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import yaml
+
+from deltal.config import RunConfig
+from deltal.errors import RunInUseError, RunNotFoundError
+
+MISSED_BEATS = 10
+
+
+def runs_root(config: RunConfig | None = None) -> str:
+    """Where runs live: the config's folder, else DELTAL_RUNS, else ./runs."""
+    configured = config.run.folder if config else None
+    return configured or os.environ.get("DELTAL_RUNS") or "runs"
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+        url: path or fsspec URL; a local path is made absolute, since actors have other working folders.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._path = fsspec.core.url_to_fs(url)
+        self.is_local = "://" not in url or url.startswith("file://")
+        self.url = self._path if self.is_local else url.rstrip("/")
+
+    @staticmethod
+    def find(run: str) -> RunFolder:
+        """The folder of a run given by name or by path. Raises RunNotFoundError that says where it looked."""
+        looked = [run] if "/" in run else [f"{runs_root()}/{run}", run]
+        for url in looked:
+            folder = RunFolder(url)
+            if folder.exists("config.yaml"):
+                return folder
+        raise RunNotFoundError(f"there is no run {run}: looked for config.yaml in {' and '.join(looked)}")
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self._path.rstrip("/").rsplit("/", 1)[-1]
+
+    def make(self) -> None:
+        """Create the folder."""
+        self._fs.makedirs(self._path, exist_ok=True)
+
+    def path(self, name: str) -> str:
+        """Path or URL of a file in the folder."""
+        return f"{self.url}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether the file exists."""
+        return bool(self._fs.exists(f"{self._path}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes. Raises FileNotFoundError."""
+        return bytes(self._fs.cat_file(f"{self._path}/{name}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the file as a whole: a reader sees the old one or the new one."""
+        target = f"{self._path}/{name}"
+        if not self.is_local:
+            self._fs.pipe_file(target, data)
+            return
+        temporary = Path(f"{target}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(target)
+
+    def read_json(self, name: str) -> Any:
+        """Parsed JSON, None when the file is missing."""
+        return json.loads(self.read(name)) if self.exists(name) else None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write indented JSON; NaN and infinity become null, which every reader knows."""
+        self.write(name, json.dumps(_finite(value), indent=1).encode())
+
+    def append_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Append JSON lines; on object storage, which has no append, the file is rewritten."""
+        data = "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode()
+        if self.is_local:
+            with self._fs.open(f"{self._path}/{name}", "ab") as file:
+                file.write(data)
+        else:
+            old = self.read(name) if self.exists(name) else b""
+            self._fs.pipe_file(f"{self._path}/{name}", old + data)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All JSON lines of a file; a last line cut by a crash is left out."""
+        if not self.exists(name):
+            return []
+        rows = []
+        for line in self.read(name).splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def config(self) -> RunConfig:
+        """The run's resolved settings."""
+        return RunConfig.model_validate(yaml.safe_load(self.read("config.yaml")))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved settings."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        self.write("config.yaml", text.encode())
+
+
+class FolderLock:
+    """A lease on a run folder, renewed by a thread: a killed run can be resumed, a living one not started twice.
+
+    Args:
+        folder: the run's.
+        beat: seconds between heartbeats; the lease ends after ten missed ones, at once when its process is gone.
+        on_loss: called when another process took the folder.
+    """
+
+    def __init__(self, folder: RunFolder, *, beat: float, on_loss: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._beat, self._on_loss = folder, beat, on_loss
+        me = psutil.Process()
+        self._holder = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
+        self._released = threading.Event()
+
+    def __enter__(self) -> FolderLock:
+        """Take the folder. Raises RunInUseError that names the holder."""
+        self._refuse_living(self._folder.read_json("lock.json"))
+        self._write()
+        # Two that saw a dead lease at once both write; the later one stands, and the other sees it here.
+        time.sleep(0.1)
+        held = self._folder.read_json("lock.json") or {}
+        if held.get("id") != self._holder["id"]:
+            self._refuse_living(held)
+        threading.Thread(target=self._renew, daemon=True, name="folder-lock").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+        held = self._folder.read_json("lock.json") or {}
+        if held.get("id") == self._holder["id"]:
+            self._folder.write_json("lock.json", {})
+
+    def _refuse_living(self, held: Any) -> None:
+        if held and held.get("id") != self._holder["id"] and lock_is_alive(held, self._beat):
+            raise RunInUseError(
+                f"{self._folder.url} is in use by process {held.get('pid')} on {held.get('host')}; "
+                "`deltal stop` it first, or choose another --run name"
+            )
+
+    def _write(self) -> None:
+        self._folder.write_json("lock.json", self._holder | {"at": time.time()})
+
+    def _renew(self) -> None:
+        while not self._released.wait(self._beat):
+            held = self._folder.read_json("lock.json") or {}
+            if held.get("id") != self._holder["id"]:
+                self._on_loss()
+                return
+            self._write()
+
+
+def lock_is_alive(held: dict[str, Any] | None, beat: float) -> bool:
+    """Whether a lock's holder lives: its process on this host, its heartbeat from another one."""
+    if not held or "pid" not in held:
+        return False
+    if held.get("host") == socket.gethostname():
+        try:
+            return abs(psutil.Process(held["pid"]).create_time() - held.get("born", 0.0)) < 1.0
+        except psutil.NoSuchProcess:
+            return False
+    return time.time() - float(held.get("at", 0.0)) < MISSED_BEATS * beat
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value

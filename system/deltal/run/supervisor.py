@@ -1,0 +1,268 @@
+"""The supervisor: creates the actors of a run, watches each, restarts what dies, scales the workers.
+
+A member's life: `placed -> running -> left | died`; a dead RolloutWorker or Verifier is replaced, a dead learner rank
+ends all ranks, which start again together with a new rendezvous.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deltal.config import RunConfig
+from deltal.errors import ActorLostError, DeltalError, ResourceError
+from deltal.learner.actor import LearnerRank
+from deltal.policy import PolicyStore
+from deltal.queues.object_queue import ObjectQueue
+from deltal.replay.actor import ReplayActor
+from deltal.rollout.actor import RolloutWorker
+from deltal.verify.actor import Verifier
+
+RPC_SECONDS = 60.0
+RESTART_WINDOW = 600.0
+"""Seconds over which deaths of one role are counted against `run.max_restarts`."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker of a role."""
+
+    name: str
+    handle: Any
+    watch: asyncio.Task[None] | None = None
+    leaving: bool = False
+    born: float = field(default_factory=time.monotonic)
+
+
+async def answer(reference: Any, seconds: float = RPC_SECONDS) -> Any:
+    """Await a Ray reference with a deadline. Raises asyncio.TimeoutError."""
+    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), seconds)
+
+
+class Supervisor:
+    """All actors of one run; owned by the Controller, so that they end with it.
+
+    Args:
+        config: of the run.
+        run, folder: its name and the URL of its folder.
+        controller: the Controller's own handle.
+        say: takes a line for people.
+        failed: called once with the error that ends the run.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, run: str, folder: str, controller: Any, token: str | None,
+        say: Callable[[str], None], failed: Callable[[BaseException], None],
+    ) -> None:  # fmt: skip
+        self._config, self._run, self._folder, self._controller = config, run, folder, controller
+        self._say, self._failed = say, failed
+        self._common: dict[str, Any] = {"host": config.monitor.host, "token": token}
+        self._numbers = {"rollout": itertools.count(), "verify": itertools.count()}
+        self._deaths: dict[str, deque[float]] = {}
+        self._group: PlacementGroup | None = None
+        self.members: dict[str, dict[str, Member]] = {"rollout": {}, "verify": {}, "learner": {}}
+        self.wanted = {"rollout": 0, "verify": 0}
+        self.restarts: Counter[str] = Counter()
+        self.services: dict[str, Any] = {}
+        self.model = ""
+        self.learner_done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def start_services(self) -> None:
+        """ReplayBuffer, queues and PolicyStore: Ray restarts them by itself, calls under way are sent again."""
+        config, forever = self._config, {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        queue = ray.remote(ObjectQueue).options(**forever, max_concurrency=1000)
+        for name in ("prompt", "rollout"):
+            self.services[name] = queue.remote(
+                run=self._run, name=name, lease_seconds=config.replay.lease_seconds, **self._common
+            )
+        self.services["policy"] = (
+            ray.remote(PolicyStore).options(**forever, max_concurrency=1000).remote(run=self._run, **self._common)
+        )
+        self.services["replay"] = (
+            ray.remote(ReplayActor)
+            .options(**forever, max_concurrency=1000)
+            .remote(
+                run=self._run, journal=f"{self._folder}/journal", settings=config.replay, batches=config.run.steps,
+                **self._common,
+            )
+        )  # fmt: skip
+
+    async def start_learner(self) -> None:
+        """All K ranks in one placement group, and their run. Raises ResourceError when they find no place."""
+        settings = self._config.learner
+        if self._group is None:
+            bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
+            self._group = placement_group([bundle] * settings.ranks, strategy="PACK")
+            try:
+                await answer(self._group.ready(), settings.rendezvous_deadline)
+            except TimeoutError:
+                raise ResourceError(
+                    f"no place for {settings.ranks} learner rank(s) with {bundle} within "
+                    f"{settings.rendezvous_deadline:.0f} s; the cluster has {ray.cluster_resources()}"
+                ) from None
+        variables = {"OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        if ray.util.get_node_ip_address() == "127.0.0.1":
+            variables["GLOO_SOCKET_IFNAME"] = "lo"
+        ranks = [
+            ray.remote(LearnerRank)
+            .options(
+                num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, max_concurrency=8,
+                runtime_env={"env_vars": variables},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            )
+            .remote(
+                rank=rank, run=self._run, model=self.model, config=self._config, folder=self._folder,
+                replay=self.services["replay"], policy=self.services["policy"], controller=self._controller,
+                **self._common,
+            )
+            for rank in range(settings.ranks)
+        ]  # fmt: skip
+        host, port = "", 0
+        if settings.ranks > 1:
+            host, port = await answer(ranks[0].open_rendezvous.remote(), settings.rendezvous_deadline)
+        self.members["learner"] = {f"learner-{i}": Member(f"learner-{i}", handle) for i, handle in enumerate(ranks)}
+        runs = [handle.run.remote(host, port) for handle in ranks]
+        self._learner_watch = asyncio.create_task(self._watch_learner(runs))
+
+    async def scale(self, role: str, count: int) -> None:
+        """Have `count` RolloutWorkers or Verifiers; those that leave finish what they hold first."""
+        self.wanted[role] = count
+        staying = [member for member in self.members[role].values() if not member.leaving]
+        for member in staying[count:]:
+            member.leaving = True
+            member.handle.stop.remote()
+        for _ in range(count - len(staying)):
+            self._add(role)
+
+    def stop_learner(self) -> None:
+        """Ask all ranks to finish the step, checkpoint and leave."""
+        for member in self.members["learner"].values():
+            member.leaving = True
+            member.handle.stop.remote()
+
+    def count(self, role: str) -> int:
+        """Members of a role that are not leaving."""
+        return sum(not member.leaving for member in self.members[role].values())
+
+    async def ask(self, reference: Any, seconds: float = 5.0) -> Any:
+        """What a member answers; None when it does not within `seconds`, or is gone."""
+        try:
+            return await answer(reference, seconds)
+        except (TimeoutError, ray.exceptions.RayError):
+            return None
+
+    async def pids(self) -> dict[str, int]:
+        """Process ids of all actors by name."""
+        handles = dict(self.services)
+        for members in self.members.values():
+            handles |= {member.name: member.handle for member in members.values()}
+        found = {name: await self.ask(handle.pid.remote()) for name, handle in handles.items()}
+        return {name: pid for name, pid in found.items() if pid}
+
+    async def end_stuck(self) -> None:
+        """End RolloutWorkers whose engine makes no steps: a live process is not a live engine."""
+        limit = self._config.rollout.step_deadline
+        for member in list(self.members["rollout"].values()):
+            stats = await self.ask(member.handle.stats.remote())
+            if stats and stats["stuck_seconds"] > limit:
+                self._say(f"{member.name} made no engine step for {stats['stuck_seconds']:.0f} s and is replaced")
+                ray.kill(member.handle)
+
+    def _add(self, role: str) -> None:
+        name = f"{role}-{next(self._numbers[role])}"
+        handle = self._rollout_worker(name) if role == "rollout" else self._verifier(name)
+        member = self.members[role][name] = Member(name, handle)
+        member.watch = asyncio.create_task(self._watch(role, member))
+
+    def _rollout_worker(self, name: str) -> Any:
+        settings = self._config.rollout
+        variables = {
+            "OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+        }  # fmt: skip
+        return (
+            ray.remote(RolloutWorker)
+            .options(
+                num_cpus=settings.num_cpus, num_gpus=settings.num_gpus * settings.tensor_parallel, max_concurrency=8,
+                runtime_env={"env_vars": variables},
+            )
+            .remote(
+                name=name, run=self._run, model=self.model, config=self._config, queues=self.services,
+                policy=self.services["policy"], **self._common,
+            )
+        )  # fmt: skip
+
+    def _verifier(self, name: str) -> Any:
+        settings = self._config.verify
+        return (
+            ray.remote(Verifier)
+            .options(num_cpus=settings.num_cpus, max_concurrency=8)
+            .remote(
+                name=name, run=self._run, settings=settings, lease_seconds=self._config.replay.lease_seconds,
+                rollouts=self.services["rollout"], replay=self.services["replay"], controller=self._controller,
+                **self._common,
+            )
+        )  # fmt: skip
+
+    async def _watch(self, role: str, member: Member) -> None:
+        """Wait for a worker's end; replace it unless it was to leave."""
+        try:
+            await asyncio.wrap_future(member.handle.run.remote().future())
+            died = None
+        except ray.exceptions.RayError as error:
+            died = error
+        self.members[role].pop(member.name, None)
+        ray.kill(member.handle)
+        if member.leaving or died is None:
+            return
+        if self._count_death(role, member.name, died):
+            self._add(role)
+
+    async def _watch_learner(self, runs: list[Any]) -> None:
+        """Wait for all ranks; when one dies, end the others and start all again."""
+        try:
+            versions = await asyncio.gather(*(asyncio.wrap_future(run.future()) for run in runs))
+            self.learner_done.set_result(versions[0])
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            for member in self.members["learner"].values():
+                ray.kill(member.handle)
+            if isinstance(cause, DeltalError):
+                self._failed(cause)
+            elif self._count_death("learner", "a learner rank", error):
+                try:
+                    await self.start_learner()
+                except (DeltalError, ray.exceptions.RayError) as again:
+                    self._failed(again)
+
+    def _count_death(self, role: str, name: str, error: BaseException) -> bool:
+        """Note a death; False when it was one too many and the run fails."""
+        self.restarts[role] += 1
+        deaths = self._deaths.setdefault(role, deque())
+        deaths.append(time.monotonic())
+        while deaths[0] < time.monotonic() - RESTART_WINDOW:
+            deaths.popleft()
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, DeltalError) and cause.exit_code == 2:
+            self._failed(cause)
+            return False
+        text = _one_line(cause or error)
+        if len(deaths) > self._config.run.max_restarts:
+            self._failed(ActorLostError(f"{name} died, the {len(deaths)}th of its role in 10 minutes: {text}"))
+            return False
+        self._say(f"{name} died and is replaced: {text}")
+        return True
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
