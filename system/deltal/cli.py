@@ -37,7 +37,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value]…", help="values that replace the file's")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print facts as JSON")]
-Address = Annotated[str | None, typer.Option(help="of a Ray cluster; without it a local Ray starts and ends with the run")]
+Address = Annotated[
+    str | None, typer.Option(help="of a Ray cluster; without it a local Ray starts and ends with the run")
+]
 RUNNING, RESULT, LOOK = "Train and resume", "Watch and steer", "Results and checks"
 
 
@@ -60,7 +62,9 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     run: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="validate, print actors and resources, start nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="validate, print actors and resources, start nothing")
+    ] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +81,9 @@ def train(
     folder = RunFolder(f"{runs_root(settings)}/{settings.run.name}")
     if folder.exists("config.yaml"):
         _refuse_if_alive(folder)
-        raise UserError(f"{folder.url} holds a run already: `deltal resume {folder.name}`, or choose another --run name")
+        raise UserError(
+            f"{folder.url} holds a run already: `deltal resume {folder.name}`, or choose another --run name"
+        )
     _check(settings, local=address is None)
     folder.make()
     folder.write_config(settings)
@@ -126,7 +132,7 @@ def submit(
         out.print(f"job {job} trains run {name}; `deltal status {name}` where the run folder is, "
                   f"`ray job logs {job} --address {address}` anywhere")  # fmt: skip
     if wait:
-        state = follow(client, job, lambda text: sys.stdout.write(text))
+        state = follow(client, job, lambda text: out.print(text, markup=False, highlight=False, end=""))
         if state != "SUCCEEDED":
             raise typer.Exit(1)
 
@@ -152,7 +158,9 @@ def status(run: Run, as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=RESULT)
-def scale(run: Run, counts: Annotated[list[str], typer.Argument(metavar="rollout=N verify=N")], as_json: Json = False) -> None:
+def scale(
+    run: Run, counts: Annotated[list[str], typer.Argument(metavar="rollout=N verify=N")], as_json: Json = False
+) -> None:
     """Add or remove RolloutWorkers and Verifiers while the learner goes on."""
     from deltal.run.attach import call
     from deltal.run.folder import RunFolder
@@ -204,8 +212,12 @@ def unpause(run: Run) -> None:
 @app.command(rich_help_panel=LOOK, name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run (its export), a model folder or hub name")],
-    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="a .jsonl or .parquet file; default: the config's")] = None,
-    config: Annotated[str | None, typer.Option(help="chat, sampling and verification settings; default: the run's")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="a .jsonl or .parquet file; default: the config's")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="chat, sampling and verification settings; default: the run's")
+    ] = None,
     prompts: Annotated[int | None, typer.Option(help="most prompts used")] = None,
     responses: Annotated[int, typer.Option(help="k of avg@k")] = 1,
     as_json: Json = False,
@@ -297,7 +309,9 @@ def config(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fals
         out.print_json(data=settings.model_dump(mode="json"))
         return
     for key, value, meaning in explained(settings):
-        out.print(f"[bold]{escape(key)}[/] = {escape(json.dumps(value, ensure_ascii=False, default=str))}", soft_wrap=True)
+        out.print(
+            f"[bold]{escape(key)}[/] = {escape(json.dumps(value, ensure_ascii=False, default=str))}", soft_wrap=True
+        )
         out.print(f"    [dim]{escape(meaning)}[/]", soft_wrap=True)
 
 
@@ -386,7 +400,9 @@ def _next_commands(folder: Any, summary: dict[str, Any]) -> None:
     out.print(f"report   {folder.path('report.html')}", soft_wrap=True)
     if folder.exists("export/config.json"):
         out.print(f"model    {folder.path('export')}", soft_wrap=True)
-        out.print(f"next     deltal eval {name}   deltal audit {name}   deltal export {name} DIR --step N", soft_wrap=True)
+        out.print(
+            f"next     deltal eval {name}   deltal audit {name}   deltal export {name} DIR --step N", soft_wrap=True
+        )
     else:
         out.print(f"next     deltal audit {name}   deltal export {name} DIR", soft_wrap=True)
 
@@ -422,7 +438,9 @@ def _model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]
         folder = RunFolder.find(model)
     except RunNotFoundError:
         if config is None:
-            raise UserError(f"{model} is no run; to evaluate a model name its settings: --config configs/demo.yaml") from None
+            raise UserError(
+                f"{model} is no run; to evaluate a model name its settings: --config configs/demo.yaml"
+            ) from None
         check_model_folder(model)
         return model, load_config(config)
     if not folder.exists("export/config.json"):

@@ -1,4 +1,4 @@
-"""Settings from a YAML file and `key.sub=value` overrides; every mistake is one line that names the nearest right key."""
+"""Settings from a YAML file and `key.sub=value` overrides; a mistake is one line that names the nearest right key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltal.errors import ConfigError
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The validated settings of a file. Raises ConfigError in one line: missing file, broken YAML, wrong key or value."""
+    """The validated settings of a file. Raises ConfigError in one line: missing file, bad YAML, wrong key or value."""
     file = Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.yaml")], n=1)

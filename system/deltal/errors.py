@@ -43,7 +43,7 @@ class AddressError(UserError):
     """No Ray cluster answers at the address."""
 
 
-class AnswerNo(DeltalError):
+class AnswerNoError(DeltalError):
     """The command worked and its answer is no: an audit failed, a job failed."""
 
     exit_code = 1

@@ -105,13 +105,13 @@ class ReplayBuffer:
             raise LearnerError(f"the learner asked for batch {version}, but batch {len(ledger.batches)} is the next")
         if version > ledger.policy_version:
             return Waiting(why=f"batch {version - 1} to be published")
-        if self._filtered_in_a_row > settings.max_refill * settings.prompts_per_batch:
-            raise FilteredTooManyError(
-                f"{self._filtered_in_a_row} groups in a row were filtered (rewards equal, or prompt too long) before "
-                f"batch {version}: the task is too easy or too hard, or replay.filter should be `none`"
-            )
         finished = [id for id in ledger.open if id in self.ready]
         if len(finished) < settings.prompts_per_batch:
+            if self._filtered_in_a_row > settings.max_refill * settings.prompts_per_batch:
+                raise FilteredTooManyError(
+                    f"{self._filtered_in_a_row} groups in a row were filtered (rewards equal, or prompt too long) "
+                    f"before batch {version}: the task is too easy or too hard, or replay.filter should be `none`"
+                )
             missing = settings.prompts_per_batch - len(finished)
             return Waiting(why=f"{missing} of {settings.prompts_per_batch} groups, {self._in_flight_text()}")
         chosen = tuple(finished[: settings.prompts_per_batch])

@@ -55,6 +55,9 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
         max_num_seqs=settings.max_sequences,
         # On CPU a seeded request breaks when its prefill is cut over steps, so nothing may be cut.
         max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
+        # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
+        block_size=None if on_gpu else 32,
+        enable_prefix_caching=True,
         enforce_eager=not on_gpu,
         tensor_parallel_size=settings.tensor_parallel,
         gpu_memory_utilization=settings.gpu_memory_utilization,

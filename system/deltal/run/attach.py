@@ -30,9 +30,7 @@ def controller(folder: RunFolder) -> Iterator[Any]:
             f"{folder.name} is not running (last state: {state}); `deltal resume {folder.name}` makes it go on"
         )
     try:
-        ray.init(
-            address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR"
-        )
+        ray.init(address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR")
         yield ray.get_actor(place["controller"])
     except (ConnectionError, ValueError) as error:
         raise RunNotFoundError(

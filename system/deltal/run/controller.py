@@ -85,6 +85,8 @@ class Controller:
 
     async def scale(self, counts: dict[str, int]) -> dict[str, int]:
         """Have so many workers of each role (`rollout`, `verify`); returns what is wanted now."""
+        if self._observer.address is None:
+            raise UserError(f"{self._folder.name} is still starting; scale it when it trains")
         for role, count in counts.items():
             await self._supervisor.scale(role, count)
         self._observer.say("scaled to " + ", ".join(f"{role} = {n}" for role, n in self._supervisor.wanted.items()))
@@ -125,7 +127,7 @@ class Controller:
         loops = [
             asyncio.create_task(self._forever(observer.look, 1.0)),
             asyncio.create_task(self._forever(self._reconcile, self._config.replay.lease_seconds)),
-            asyncio.create_task(self._forever(self._admit, 0.05)),
+            asyncio.create_task(self._forever(self._admit, 0.1)),
         ]
         try:
             if self._held_out and not observer.evaluations:
@@ -357,6 +359,7 @@ class Controller:
     @contextlib.asynccontextmanager
     async def _phase(self, state: str, name: str = "") -> AsyncIterator[None]:
         self._observer.enter(state)
+        self._observer.message = ""
         started = time.monotonic()
         try:
             yield

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import ray
 
 from deltal.config import RunConfig
@@ -25,6 +26,8 @@ from deltal.run.plan import Plan
 
 NAMESPACE = "deltal"
 GIB = 2**30
+MEMORY_SECONDS = 15.0
+"""Between two looks at the memory of the whole process tree."""
 Status = dict[str, Any]
 
 
@@ -40,12 +43,21 @@ def drive(
         folder.write_json("cluster.json", {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)})
         for life in range(config.run.max_resumes + 1):
             try:
-                return _live(config, folder, token, show)
+                return _live(config, folder, token, show, is_local=address is None)
             except ray.exceptions.ActorDiedError as error:
                 if life == config.run.max_resumes:
                     raise ActorLostError(f"the Controller died {life + 1} times; last: {_one_line(error)}") from None
                 print(f"deltal: the Controller died; resuming the run ({_one_line(error)})", file=sys.stderr)  # noqa: T201
     raise AssertionError("unreachable")
+
+
+def tree_gib() -> float:
+    """Memory of this process and all below it in GiB: proportional set size, in which shared memory counts once."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total / GIB
 
 
 def actor_name(folder: RunFolder) -> str:
@@ -76,15 +88,25 @@ def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
         ray.shutdown()
 
 
-def _live(config: RunConfig, folder: RunFolder, token: str | None, show: Callable[[Status], None]) -> dict[str, Any]:
+def _live(
+    config: RunConfig, folder: RunFolder, token: str | None, show: Callable[[Status], None], *, is_local: bool
+) -> dict[str, Any]:
     """One life of the Controller. Raises ActorDiedError when it dies."""
+    peak, looked = 0.0, 0.0
     controller = _create(config, folder, token)
     finished = controller.run.remote()
     with _stop_on_signal(controller):
         while True:
             done, _ = ray.wait([finished], timeout=1.0)
+            # Walking the page tables of large processes costs them time, so it is done rarely.
+            if is_local and (done or time.monotonic() - looked > MEMORY_SECONDS):
+                peak, looked = max(peak, tree_gib()), time.monotonic()
             if done:
-                return ray.get(finished)  # type: ignore[no-any-return]
+                summary: dict[str, Any] = ray.get(finished)
+                if is_local:
+                    summary["peak_memory_gib"] = peak
+                    folder.write_json("summary.json", summary)
+                return summary
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 show(ray.get(controller.status.remote(), timeout=5.0))
 

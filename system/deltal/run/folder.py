@@ -24,7 +24,7 @@ MISSED_BEATS = 10
 
 def runs_root(config: RunConfig | None = None) -> str:
     """Where runs live: the config's folder, else DELTAL_RUNS, else ./runs."""
-    configured = config.run.folder if config else None
+    configured: str | None = config.run.folder if config else None
     return configured or os.environ.get("DELTAL_RUNS") or "runs"
 
 
@@ -53,7 +53,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """Last part of the path."""
-        return self._path.rstrip("/").rsplit("/", 1)[-1]
+        return str(self._path).rstrip("/").rsplit("/", 1)[-1]
 
     def make(self) -> None:
         """Create the folder."""
@@ -179,7 +179,7 @@ def lock_is_alive(held: dict[str, Any] | None, beat: float) -> bool:
         return False
     if held.get("host") == socket.gethostname():
         try:
-            return abs(psutil.Process(held["pid"]).create_time() - held.get("born", 0.0)) < 1.0
+            return bool(abs(psutil.Process(held["pid"]).create_time() - held.get("born", 0.0)) < 1.0)
         except psutil.NoSuchProcess:
             return False
     return time.time() - float(held.get("at", 0.0)) < MISSED_BEATS * beat

@@ -38,9 +38,11 @@ class Observer:
         self._restarts_told: dict[str, int] = {}
         self._skipped_told = 0
         self._looks = 0
+        self._supervisor: Supervisor | None = None
+        self.address: str | None = None
 
     def begin(self, supervisor: Supervisor, host: str, port: int) -> None:
-        """The page listens and there is somebody to look at."""
+        """The page listens and there is somebody to look at; until then the status has little to say."""
         self._supervisor, self._host, self._port = supervisor, host, port
         self.address = f"http://{host}:{port}"
 
@@ -51,7 +53,10 @@ class Observer:
 
     async def look(self) -> None:
         """Gather queue depths, ledger, workers' figures and, every few looks, the metrics targets."""
-        supervisor, ask = self._supervisor, self._supervisor.ask
+        supervisor = self._supervisor
+        if supervisor is None:
+            return
+        ask = supervisor.ask
         for queue in ("prompt", "rollout"):
             self._depths[queue] = await ask(supervisor.services[queue].depth.remote()) or {}
         self._replay = await ask(supervisor.services["replay"].state.remote()) or self._replay
@@ -62,11 +67,11 @@ class Observer:
         for member in list(supervisor.members["learner"].values())[:1]:
             self._learner = await ask(member.handle.stats.remote()) or self._learner
         if self._looks % 5 == 0:
-            self.targets = await self._find_targets()
+            self.targets = await self._find_targets(supervisor)
         if self._looks % 2 == 0:
             self.write_summary()
         self._looks += 1
-        self._export_metrics()
+        self._export_metrics(supervisor)
 
     def say(self, message: str) -> None:
         """A line for people: in the status, and in the Controller's log."""
@@ -114,8 +119,8 @@ class Observer:
             },
             "staleness": {"mean": row.get("staleness_mean"), "max": row.get("staleness_max")},
             "queues": self._depths,
-            "workers": {role: self._supervisor.count(role) for role in ("rollout", "verify", "learner")},
-            "restarts": dict(self._supervisor.restarts),
+            "workers": {role: self._count(role) for role in ("rollout", "verify", "learner")},
+            "restarts": dict(self._supervisor.restarts) if self._supervisor else {},
             "ledger": self._replay.get("counts"),
             "seconds_left": self._seconds_left(),
             "seconds": self._seconds,
@@ -154,6 +159,9 @@ class Observer:
         self._folder.write_json("summary.json", summary)
         return summary
 
+    def _count(self, role: str) -> int:
+        return self._supervisor.count(role) if self._supervisor else 0
+
     def _accuracy(self, label: str) -> float | None:
         row = self._last_evaluation(label)
         return row["accuracy"] if row else None
@@ -163,7 +171,8 @@ class Observer:
 
     def _prompts_skipped(self) -> int:
         too_long = sum(row.get("too_long", 0) for row in self.evaluations)
-        return int((self._replay.get("reasons") or {}).get("filtered:prompt_too_long", 0)) + too_long
+        filtered = (self._replay.get("reasons") or {}).get("filtered:prompt_too_long", 0)
+        return int(filtered + too_long)
 
     def _rollout_rate(self) -> float:
         """Tokens per second of busy engine time, over all workers of this life."""
@@ -177,15 +186,15 @@ class Observer:
         a_step = (times[-1] - times[0]) / (len(times) - 1)
         return max(0.0, a_step * (self._config.run.steps - self.policy_version) - (time.monotonic() - times[-1]))
 
-    async def _find_targets(self) -> list[dict[str, Any]]:
+    async def _find_targets(self, supervisor: Supervisor) -> list[dict[str, Any]]:
         """Every actor's metrics, as Prometheus' HTTP service discovery wants them."""
         handles = {name: ("queue" if name in ("prompt", "rollout") else name, handle)
-                   for name, handle in self._supervisor.services.items()}  # fmt: skip
-        for role, members in self._supervisor.members.items():
+                   for name, handle in supervisor.services.items()}  # fmt: skip
+        for role, members in supervisor.members.items():
             handles |= {member.name: (role, member.handle) for member in members.values()}
         found = [self._target("controller", "controller", self._port)]
         for name, (role, handle) in handles.items():
-            port = await self._supervisor.ask(handle.metrics_port.remote(), 2.0)
+            port = await supervisor.ask(handle.metrics_port.remote(), 2.0)
             if port:
                 found.append(self._target(role, name, port))
         return found
@@ -194,12 +203,12 @@ class Observer:
         labels = {"run": self._folder.name, "role": role, "actor": name}
         return {"targets": [f"{self._host}:{port}"], "labels": labels}
 
-    def _export_metrics(self) -> None:
+    def _export_metrics(self, supervisor: Supervisor) -> None:
         for role in ("rollout", "verify", "learner"):
-            self.metrics.workers.labels(role=role).set(self._supervisor.count(role))
-        for role, count in self._supervisor.restarts.items():
+            self.metrics.workers.labels(role=role).set(supervisor.count(role))
+        for role, count in supervisor.restarts.items():
             self.metrics.restarts.labels(role=role).inc(count - self._restarts_told.get(role, 0))
-        self._restarts_told = dict(self._supervisor.restarts)
+        self._restarts_told = dict(supervisor.restarts)
         skipped = self._prompts_skipped()
         self.metrics.prompts_skipped.inc(max(0, skipped - self._skipped_told))
         self._skipped_told = skipped

@@ -26,9 +26,7 @@ def evaluate(
 
     rollout, chat = config.rollout, Chat(model, config.chat)
     limit = config.chat.max_prompt_tokens
-    engine = vllm_engine.create(
-        model, rollout, max_model_len=limit + rollout.max_response_tokens, seed=config.run.seed
-    )
+    engine = vllm_engine.create(model, rollout, max_model_len=limit + rollout.max_response_tokens, seed=config.run.seed)
     texts: dict[str, str | None] = {}
     lengths = []
     for i, prompt in enumerate(prompts):

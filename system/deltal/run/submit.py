@@ -33,7 +33,9 @@ def submit(config: RunConfig, *, address: str, run: str, environment: dict[str, 
         (Path(folder) / "config.yaml").write_text(text)
         job = _submit(
             client,
-            entrypoint=shlex.join(["python", "-m", "deltal", "train", "config.yaml", "--run", run, "--address", "auto"]),
+            entrypoint=shlex.join(
+                ["python", "-m", "deltal", "train", "config.yaml", "--run", run, "--address", "auto"]
+            ),
             runtime_env={"working_dir": folder, "env_vars": environment},
             metadata={"deltal_run": run},
         )

@@ -1,0 +1,48 @@
+# deltal: `make demo` trains a real model on this machine, `make test` runs the whole test suite.
+# pip's own settings (indexes, proxies, wheels) are honoured; nothing is installed again while it is up to date.
+PYTHON ?= python3
+PY := .venv/bin/python
+DELTAL := .venv/bin/deltal
+
+.PHONY: install demo test test-all faults lint format docs clean
+.DEFAULT_GOAL := install
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml deploy/constraints.txt deploy/cpu-without-dependencies.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "deltal needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "this Python cannot make virtual environments: apt install python3-venv" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint deploy/constraints.txt --editable '.[cpu,dev]'
+	$(PY) -m pip install --quiet --no-deps --requirement deploy/cpu-without-dependencies.txt
+	@touch $@
+
+demo: install
+	$(DELTAL) train configs/demo.yaml
+
+test: install
+	$(PY) -m pytest -m "not slow"
+
+test-all: install
+	$(PY) -m pytest
+
+faults: install
+	$(PY) -m pytest tests/faults
+
+lint: install
+	$(PY) -m ruff check system tests
+	$(PY) -m ruff format --check system tests
+	$(PY) -m mypy
+
+format: install
+	$(PY) -m ruff check --fix system tests
+	$(PY) -m ruff format system tests
+
+docs: install
+	$(DELTAL) config configs/tiny.yaml
+	$(PY) -m deltal.monitor.dashboards > dashboards/deltal.json
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

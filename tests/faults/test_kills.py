@@ -1,0 +1,81 @@
+"""kill -9 of each part while a real run goes on: it goes on or is resumed, and every group is trained once."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltal.replay.journal import Journal
+from deltal.replay.ledger import BatchFormed
+from tests.launch import LiveRun
+
+STEPS, BATCH = 8, 4
+SLOWER = (f"run.steps={STEPS}", "learner.checkpoint_every=3", "evaluation.data=null", "run.export=false")
+
+
+def batches(run: LiveRun) -> list[tuple[Any, ...]]:
+    """Batch records of the journal, in order."""
+    records = Journal(run.folder.path("journal")).read()
+    return [record.ids for record in records if isinstance(record, BatchFormed)]
+
+
+def assert_trained_once(run: LiveRun) -> None:
+    """All steps done, each group in one batch record, the ledger holds, and each step has its row."""
+    summary, audit = run.summary(), run.audit()
+    assert summary["state"] == "done"
+    assert summary["policy_version"] == STEPS
+    assert audit["batches"] == STEPS
+    assert audit["counts"]["consumed"] == STEPS * BATCH
+    assert audit["counts"]["in_flight"] == 0
+    named = [id for ids in batches(run) for id in ids]
+    assert len(set(named)) == len(named) == STEPS * BATCH
+    assert sorted({row["step"] for row in run.rows()}) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("victim", ["rollout-0", "verify-0", "replay", "prompt", "rollout", "policy", "learner-0"])
+def test_a_run_survives_the_death_of(victim: str, tmp_path: Path):
+    with LiveRun(tmp_path, "run", *SLOWER) as run:
+        run.until_step(2)
+        os.kill(run.pids()[victim], signal.SIGKILL)
+        run.end()
+        assert_trained_once(run)
+
+
+def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batches(tmp_path: Path):
+    with LiveRun(tmp_path, "run", *SLOWER) as run:
+        run.until_step(5)
+        before = batches(run)
+        pids = run.pids()
+        os.kill(pids["learner-0"], signal.SIGKILL)
+        run.end()
+        assert batches(run)[: len(before)] == before, "recorded batches are redone verbatim"
+        assert_trained_once(run)
+        redone = [row for row in run.rows() if row["redone"]]
+        assert redone, "the learner came back from a checkpoint and redid steps"
+        first = {row["step"]: row for row in reversed(run.rows())}
+        for row in redone:
+            # The same weights, batch and number of ranks: the same loss and gradient, to the last bit.
+            assert row["loss"] == first[row["step"]]["loss"]
+            assert row["grad_norm"] == first[row["step"]]["grad_norm"]
+
+
+def test_the_driver_resumes_a_run_whose_controller_died(tmp_path: Path):
+    with LiveRun(tmp_path, "run", *SLOWER) as run:
+        run.until_step(4)
+        os.kill(run.controller_pid(), signal.SIGKILL)
+        run.end()
+        assert "resuming the run" in run.text()
+        assert_trained_once(run)
+
+
+def test_a_run_is_resumed_after_everything_was_killed(tmp_path: Path):
+    with LiveRun(tmp_path, "run", *SLOWER) as run:
+        run.until_step(5)
+        run.end_everything()
+        before = batches(run)
+    with LiveRun(tmp_path, "run", verb="resume") as again:
+        again.end()
+        assert batches(again)[: len(before)] == before
+        assert_trained_once(again)

@@ -1,0 +1,126 @@
+"""Starting real runs from tests: the `deltal` command in a process of its own, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deltal.run.attach import call
+from deltal.run.folder import RunFolder
+
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
+
+
+def deltal(*arguments: str, timeout: float = 300.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "deltal", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"COLUMNS": "200"} | environment,
+        check=False,
+    )
+
+
+class LiveRun:
+    """A `deltal train` or `deltal resume` under way. Use it as a context manager: nothing outlives it."""
+
+    def __init__(self, root: Path, name: str, *overrides: str, verb: str = "train", config: str = TINY) -> None:
+        self.root, self.name = root, name
+        self.folder = RunFolder(str(root / name))
+        self.log = root / f"{name}.{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "deltal", verb]
+        command += [config, *overrides, "--run", name] if verb == "train" else [str(root / name)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"DELTAL_RUNS": str(root), "COLUMNS": "200"},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_everything()
+
+    def end_everything(self) -> None:
+        """kill -9 of the driver and all below it."""
+        tree = []
+        if self.process.poll() is None:
+            driver = psutil.Process(self.process.pid)
+            tree = [driver, *driver.children(recursive=True)]
+        for process in tree:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait(30)
+        psutil.wait_procs(tree, timeout=30)
+
+    def text(self) -> str:
+        """What the command printed so far."""
+        return self.log.read_text()
+
+    def until(self, holds: Callable[[], Any], what: str, timeout: float = 180.0) -> Any:
+        """Wait until `holds()` is true; fails with the log when it never is, or when the command ended before."""
+        deadline = time.monotonic() + timeout
+        while True:
+            value = holds()
+            if value:
+                return value
+            if self.process.poll() is not None:
+                raise AssertionError(f"the run ended with {self.process.returncode} before {what}:\n{self.text()}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {timeout:.0f} s for {what}:\n{self.text()}\n{self.summary()}")
+            time.sleep(0.2)
+
+    def until_step(self, step: int, timeout: float = 180.0) -> None:
+        """Wait until so many steps are reported."""
+        self.until(lambda: any(row["step"] >= step for row in self.rows()), f"step {step}", timeout)
+
+    def end(self, timeout: float = 300.0) -> dict[str, Any]:
+        """Wait for the command's end; returns the summary. Fails when the exit code is not 0."""
+        code = self.process.wait(timeout)
+        assert code == 0, f"exit code {code}:\n{self.text()}\n{self.actor_logs()}"
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json, empty before it exists."""
+        return self.folder.read_json("summary.json") or {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl, redone ones included."""
+        return self.folder.rows("metrics.jsonl")
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the run's actors."""
+        return call(self.folder, "pids")  # type: ignore[no-any-return]
+
+    def controller_pid(self) -> int:
+        """The Controller's process, which Ray names after its class and method."""
+        driver = psutil.Process(self.process.pid)
+        return next(p.pid for p in driver.children(recursive=True) if "Controller" in " ".join(p.cmdline()))
+
+    def audit(self) -> dict[str, Any]:
+        """`deltal audit --json`; fails when the ledger does not hold."""
+        result = deltal("audit", str(self.root / self.name), "--json")
+        assert result.returncode == 0, result.stdout + result.stderr
+        return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+    def actor_logs(self) -> str:
+        """Last lines of the actors' error logs, for a failing test."""
+        logs = sorted(Path("/tmp/ray/session_latest/logs").glob("worker-*.err"), key=lambda p: p.stat().st_mtime)
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-1500:]}" for log in logs[-4:])

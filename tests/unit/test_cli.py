@@ -1,0 +1,119 @@
+"""Bad input gets one clear line and exit code 2, starts nothing and loses nothing. Each through the real command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import TINY, deltal
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """The one line a user's mistake gets."""
+    result = deltal(*arguments, **environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("learner.learing_rate=1", "did you mean learner.learning_rate"),
+        ("rolout.workers=1", "did you mean rollout"),
+        ("rollout.workers=many", "rollout.workers"),
+        ("replay.max_ahead=9", "max_staleness"),
+        ("rollout", "must look like"),
+        ("algorithm.aggregation.kind=grop", "grpo"),
+        ("data.kind=jsonl", "data"),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, says: str, tmp_path: Path):
+    assert says in refused("train", TINY, override, DELTAL_RUNS=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_data_file_is_named_with_the_places_looked_at(tmp_path: Path):
+    line = refused(
+        "train", _config(tmp_path, "data: {kind: jsonl, path: no-such-file.jsonl}"), DELTAL_RUNS=str(tmp_path / "runs")
+    )
+    assert "no-such-file.jsonl" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": "1 + 1?", "answer": "2", "task": "gsm8k"})
+    data.write_text(f"{good}\n{good}\n{{broken\n")
+    line = refused("train", _config(tmp_path, f"data: {{kind: jsonl, path: {data}}}"), DELTAL_RUNS=str(tmp_path))
+    assert f"{data}:3" in line
+
+
+def test_a_model_folder_without_weights_or_tokenizer_is_named(tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = _config(tmp_path, "data: {kind: generated}", model=f"{{kind: hf, path: {folder}}}")
+    assert "safetensors" in refused("train", config, DELTAL_RUNS=str(tmp_path))
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "tokenizer" in refused("train", config, DELTAL_RUNS=str(tmp_path))
+
+
+def test_too_little_memory_is_said_before_anything_starts(tmp_path: Path):
+    line = refused("train", TINY, "rollout.kv_cache_gib=100000", DELTAL_RUNS=str(tmp_path))
+    assert "memory" in line
+    assert "lower" in line
+
+
+def test_too_few_cpus_are_said_before_anything_starts(tmp_path: Path):
+    assert "CPUs" in refused("train", TINY, "rollout.num_cpus=4000", DELTAL_RUNS=str(tmp_path))
+
+
+def test_an_address_without_ray_is_named(tmp_path: Path):
+    line = refused("train", TINY, "--run", "r", "--address", "127.0.0.1:1", DELTAL_RUNS=str(tmp_path))
+    assert "127.0.0.1:1" in line
+    assert "127.0.0.1:1" in refused("submit", TINY, "--address", "http://127.0.0.1:1", DELTAL_RUNS=str(tmp_path))
+
+
+@pytest.mark.parametrize("verb", ["status", "stop", "resume", "audit", "pause"])
+def test_a_run_that_does_not_exist_is_named(verb: str, tmp_path: Path):
+    assert "there is no run nowhere" in refused(verb, "nowhere", DELTAL_RUNS=str(tmp_path))
+
+
+def test_scaling_a_run_that_does_not_exist_is_refused(tmp_path: Path):
+    assert "there is no run nowhere" in refused("scale", "nowhere", "rollout=2", DELTAL_RUNS=str(tmp_path))
+    assert "must look like" in refused("scale", "nowhere", "rollouts=2", DELTAL_RUNS=str(tmp_path))
+
+
+def test_an_unknown_verb_or_option_is_the_users_mistake():
+    assert deltal("trian", TINY).returncode == 2
+    assert deltal("train", TINY, "--no-such-option").returncode == 2
+
+
+@pytest.mark.parametrize("path", sorted(str(p) for p in Path(TINY).parent.glob("*.yaml")))
+def test_every_configuration_plans_without_a_hub(path: str):
+    result = deltal("train", path, "--dry-run", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout
+    assert "learner" in result.stdout
+
+
+def test_config_explains_every_setting():
+    result = deltal("config", TINY)
+    assert result.returncode == 0
+    for key in ("learner.learning_rate", "replay.max_staleness", "algorithm.aggregation.alpha", "data.name"):
+        assert key in result.stdout
+    assert json.loads(deltal("config", TINY, "--json").stdout)["learner"]["ranks"] == 1
+
+
+def test_doctor_says_what_it_found_in_words_and_json():
+    found = json.loads(deltal("doctor", "--json").stdout)
+    assert {"Python", "torch", "Ray"} <= {finding["name"] for finding in found}
+
+
+def _config(folder: Path, data: str, model: str = "{kind: random}") -> str:
+    path = folder / "config.yaml"
+    path.write_text(f"model: {model}\n{data}\n")
+    return str(path)
