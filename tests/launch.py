@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deltal.run.folder import RunFolder
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 
 
-def deltal(*arguments: str, timeout: float = 300.0, **environment: str) -> subprocess.CompletedProcess[str]:
+def deltal(*arguments: str, timeout: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "deltal", *arguments],
@@ -108,6 +109,22 @@ class LiveRun:
     def pids(self) -> dict[str, int]:
         """Process ids of the run's actors."""
         return call(self.folder, "pids")  # type: ignore[no-any-return]
+
+    def worker_is_loaded(self, name: str) -> bool:
+        """Whether a RolloutWorker has weights, by the metrics Prometheus would read."""
+        targets = json.loads(urllib.request.urlopen(self.summary()["address"] + "/sd", timeout=10).read())
+        for target in targets:
+            if target["labels"]["actor"] == name:
+                text = urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10).read().decode()
+                return any(line.startswith("deltal_rollout_load_seconds_count") and not line.endswith(" 0.0")
+                           for line in text.splitlines())  # fmt: skip
+        return False
+
+    def listening(self) -> set[str]:
+        """Addresses on which the driver and all below it listen."""
+        tree = {self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True))}
+        found = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in tree]
+        return {connection.laddr.ip.removeprefix("::ffff:") for connection in found}
 
     def controller_pid(self) -> int:
         """The Controller's process, which Ray names after its class and method."""

@@ -25,6 +25,7 @@ NAMES = [file.relative_to(PACKAGE).as_posix() for file in FILES]
 
 FLOORS = {
     "cli.py": 6,
+    "__main__.py": 6,
     "run": 5,
     "rollout": 4,
     "verify": 4,
@@ -43,7 +44,7 @@ FLOORS = {
 }
 """Place to floor; an import goes down, or stays in its own place. Floor 0 is one place."""
 
-RAY = r"[a-z_]+/actor\.py|queues/object_queue\.py|policy\.py|run/(controller|supervisor|submit|doctor)\.py|cli\.py"
+RAY = r"[a-z_]+/actor\.py|queues/object_queue\.py|policy\.py|run/(controller|supervisor|driver|attach|submit|doctor)\.py|cli\.py"
 ALLOWED = {
     "ray": RAY,
     "vllm": r"rollout/vllm_engine\.py",

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,7 +22,7 @@ from deltal.errors import ConfigError, DeltalError, UserError
 app = typer.Typer(
     name="deltal",
     help="Reinforcement learning with verifiable rewards on Ray, with ΔL-normalized updates.",
-    epilog="A run: `deltal train configs/demo.yaml`. Another terminal: `deltal status RUN`, `deltal scale RUN rollout=2`.",
+    epilog="A run: `deltal train configs/demo.yaml`. Beside it: `deltal status RUN`, `deltal scale RUN rollout=2`.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -224,10 +223,11 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy on held-out prompts with vLLM, without Ray."""
     from deltal.data.datasets import load_prompts
+    from deltal.run.offline import data_source, model_and_settings
     from deltal.run.offline import evaluate as measure
 
-    folder, settings = _model_and_settings(model, config)
-    source = _data_source(data, settings)
+    folder, settings = model_and_settings(model, config)
+    source = data_source(data, settings)
     chosen = load_prompts(source)[: prompts or settings.evaluation.prompts]
     with _quiet_progress("sampling") as advance:
         row = measure(folder, chosen, settings, responses=responses, advance=advance)
@@ -345,66 +345,25 @@ def _check(settings: RunConfig, *, local: bool) -> None:
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:
-    """Run it, show it, tell the outcome; exit code 3 (or the error's own) when it failed."""
+    """Run it, show it, tell the outcome; the error's own exit code when it failed."""
+    import os
+
+    if address is None:
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # Before ray is imported: only this user may join the local Ray.
     from deltal.run.driver import drive
     from deltal.run.plan import plan
-    from deltal.run.progress import before_after_table
+    from deltal.run.terminal import display, tell_outcome
 
-    with _display(folder, as_json) as show:
+    with display(out, folder, silent=as_json) as show:
         summary = drive(settings, folder, plan(settings), address=address, show=show)
     if as_json:
         out.print_json(data=summary)
-    elif summary["state"] != "failed":
-        out.print(before_after_table(summary))
-        _next_commands(folder, summary)
+    else:
+        tell_outcome(out, err, folder, summary)
     if summary["state"] == "failed":
-        err.print(f"[bold red]deltal:[/] {escape(summary['error'])}", soft_wrap=True)
         raise typer.Exit(summary["exit_code"])
-
-
-@contextlib.contextmanager
-def _display(folder: Any, as_json: bool) -> Iterator[Any]:
-    """A live display on a terminal; elsewhere a line for each step and message."""
-    from deltal.run.progress import render
-
-    if as_json:
-        yield lambda status: None
-    elif out.is_terminal:
-        with Live(console=out, refresh_per_second=2, transient=False) as live:
-            yield lambda status: live.update(render(status, folder.rows("metrics.jsonl")))
-    else:
-        told: dict[str, Any] = {}
-        yield lambda status: _tell(status, told)
-
-
-def _tell(status: dict[str, Any], told: dict[str, Any]) -> None:
-    line = f"{status['state']}: {status['message']}" if status["message"] else status["state"]
-    if line != told.get("line"):
-        out.print(escape(line), soft_wrap=True)
-    if status["step"] != told.get("step") and status["reward"] is not None:
-        speed = status["tokens_per_second"]
-        out.print(
-            f"step {status['step']}/{status['steps']}  reward {status['reward']:.3f}  accuracy {status['accuracy']:.3f}  "
-            f"length {status['response_length']:.1f}  rollout {speed['rollout'] or 0:.0f} tok/s  "
-            f"learner {speed['learner'] or 0:.0f} tok/s  staleness {status['staleness']['max']}",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-    told |= {"line": line, "step": status["step"]}
-
-
-def _next_commands(folder: Any, summary: dict[str, Any]) -> None:
-    name = folder.name
-    if summary["state"] == "stopped":
-        out.print(f"stopped at step {summary['steps']}; go on with: deltal resume {name}")
-        return
-    out.print(f"report   {folder.path('report.html')}", soft_wrap=True)
-    if folder.exists("export/config.json"):
-        out.print(f"model    {folder.path('export')}", soft_wrap=True)
-        out.print(
-            f"next     deltal eval {name}   deltal audit {name}   deltal export {name} DIR --step N", soft_wrap=True
-        )
-    else:
-        out.print(f"next     deltal audit {name}   deltal export {name} DIR", soft_wrap=True)
 
 
 def _refuse_if_alive(folder: Any) -> None:
@@ -426,38 +385,6 @@ def _pause(run: str, paused: bool) -> None:
     folder = RunFolder.find(run)
     call(folder, "pause", paused)
     out.print(f"{folder.name} is {'paused' if paused else 'training again'}")
-
-
-def _model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]:
-    """The model folder and the settings to evaluate it with."""
-    from deltal.errors import RunNotFoundError
-    from deltal.run.folder import RunFolder
-    from deltal.run.model_folder import check_model_folder
-
-    try:
-        folder = RunFolder.find(model)
-    except RunNotFoundError:
-        if config is None:
-            raise UserError(
-                f"{model} is no run; to evaluate a model name its settings: --config configs/demo.yaml"
-            ) from None
-        check_model_folder(model)
-        return model, load_config(config)
-    if not folder.exists("export/config.json"):
-        raise UserError(f"{folder.name} has no export yet: `deltal export {folder.name} DIR`, then evaluate DIR")
-    return folder.path("export"), load_config(config) if config else folder.config()
-
-
-def _data_source(data: str | None, settings: RunConfig) -> Any:
-    from deltal.config import JsonlData, ParquetData
-
-    if data is None:
-        if settings.evaluation.data is None:
-            raise UserError("the settings name no evaluation data; give a .jsonl or .parquet file")
-        return settings.evaluation.data
-    base = settings.evaluation.data or settings.data
-    shared = {name: getattr(base, name) for name in ("template", "task", "prompt_column", "answer_column", "id_column")}
-    return ParquetData(path=data, **shared) if data.endswith(".parquet") else JsonlData(path=data, **shared)
 
 
 @contextlib.contextmanager

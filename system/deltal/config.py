@@ -221,7 +221,6 @@ class RolloutConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights in the engine")
     kv_cache_gib: float = Field(1.0, gt=0.0, description="KV cache on CPU")
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0, description="share of GPU memory for vLLM")
-    tensor_parallel: Positive = Field(1, description="GPUs of one engine")
     seed_responses: bool = Field(True, description="seed each response by (run seed, group, response index)")
     threads: Positive = Field(1, description="OpenMP threads of one worker")
     num_cpus: Fraction = Field(0.5, description="Ray CPUs of one worker; fractions let more workers share the cores")
@@ -289,6 +288,9 @@ class LearnerConfig(Settings):
     micro_batch_tokens: Positive = Field(512, description="token budget of one forward")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 on GPU; master weights stay float32"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, more time"
     )
     checkpoint_every: Positive = Field(10, description="steps between checkpoints; one more at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")

@@ -34,7 +34,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> RunConfig:
     """Validated settings from plain values. Raises ConfigError in one line."""
     merged = _copied(values)
-    for override in overrides:
+    # Kinds first: what is said about a choice is about the one that is made in the end.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".kind")):
         _override(merged, override)
     try:
         return RunConfig.model_validate(merged)
@@ -63,9 +64,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} must look like learner.learning_rate=1e-5")
     try:
-        parsed = _number(yaml.safe_load(value))
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         parsed = value
+    if parsed == value.strip():  # Left as it was typed, and not in quotes.
+        parsed = _number(parsed)
     for part in parts[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:
@@ -73,7 +76,18 @@ def _override(values: dict[str, Any], text: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {text!r}: {part} is a plain value and has no {parts[-1]}")
         values = inner
+    if parts[-1] == "kind":
+        for name in _only_of_former_kind(parts[:-1], values.get("kind"), parsed):
+            values.pop(name, None)
     values[parts[-1]] = parsed
+
+
+def _only_of_former_kind(place: Sequence[str], former: Any, chosen: Any) -> set[str]:
+    """Settings that end with a choice's former kind, e.g. `alpha` when `delta_l` becomes `grpo`."""
+    before, after = _walk([*place, str(former)])[1], _walk([*place, str(chosen)])[1]
+    if before is None or after is None or (_tag(before), _tag(after)) != (former, chosen):
+        return set()
+    return set(before.model_fields) - set(after.model_fields)
 
 
 def _number(value: Any) -> Any:
@@ -88,7 +102,9 @@ def _number(value: Any) -> Any:
 
 def _explain(error: ValidationError) -> str:
     """The first mistake of a validation, with its place and, for an unknown key, the nearest valid one."""
-    first = error.errors()[0]
+    mistakes = error.errors()
+    # A misspelt required key is missing as well; the misspelling is what helps.
+    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
     place = [str(part) for part in first["loc"]]
     keys, settings = _walk(place)
     dotted = ".".join(keys)

@@ -23,7 +23,7 @@ Boxed = list[ray.ObjectRef]
 
 
 class PolicyStore:
-    """Async Ray actor. Keeps the newest version and the one before it, whose load may be under way."""
+    """Async Ray actor. Keeps the newest version; who still loads the one before holds its own reference."""
 
     def __init__(self, *, run: str, host: str, token: str | None) -> None:
         self._offered: dict[int, dict[int, tuple[Boxed, str, int]]] = {}
@@ -86,7 +86,7 @@ class PolicyStore:
             version=version, shards=tuple(box for box, _, _ in ordered), digest=digest, published_at=time.time()
         )
         async with self._arrived:
-            self._visible = [*self._visible, shown][-1:]
+            self._visible = [shown]
             self._offered = {v: s for v, s in self._offered.items() if v > version}
             self._arrived.notify_all()
         self._metrics.version.set(version)

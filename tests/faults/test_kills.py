@@ -11,8 +11,8 @@ from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
 from tests.launch import LiveRun
 
-STEPS, BATCH = 8, 4
-SLOWER = (f"run.steps={STEPS}", "learner.checkpoint_every=3", "evaluation.data=null", "run.export=false")
+STEPS, BATCH = 16, 4
+SLOWER = (f"run.steps={STEPS}", "learner.checkpoint_every=4", "evaluation.data=null", "run.export=false")
 
 
 def batches(run: LiveRun) -> list[tuple[Any, ...]]:
@@ -37,17 +37,18 @@ def assert_trained_once(run: LiveRun) -> None:
 @pytest.mark.parametrize("victim", ["rollout-0", "verify-0", "replay", "prompt", "rollout", "policy", "learner-0"])
 def test_a_run_survives_the_death_of(victim: str, tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
+        pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
         run.until_step(2)
-        os.kill(run.pids()[victim], signal.SIGKILL)
+        os.kill(pids[victim], signal.SIGKILL)
         run.end()
         assert_trained_once(run)
 
 
 def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batches(tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
+        pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
         run.until_step(5)
         before = batches(run)
-        pids = run.pids()
         os.kill(pids["learner-0"], signal.SIGKILL)
         run.end()
         assert batches(run)[: len(before)] == before, "recorded batches are redone verbatim"

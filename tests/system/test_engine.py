@@ -1,6 +1,5 @@
-"""Real vLLM in this process: what it samples is what transformers says of the same weights, before and after updates."""
+"""Real vLLM in this process samples what transformers says of the same weights, before and after updates."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,19 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def engine(model: torch.nn.Module) -> Iterator[vllm_engine.VllmEngine]:
+def engine(model: torch.nn.Module) -> vllm_engine.VllmEngine:
     created = vllm_engine.create(prepare(RandomModel()), RolloutConfig(max_sequences=16), max_model_len=256, seed=1)
     created.load(0, [shard_of(model)])
-    yield created
+    return created
 
 
 def shard_of(model: torch.nn.Module) -> dict[str, Any]:
     """All weights as a published shard."""
     return {
         name: TensorBytes(
-            data=p.detach().clone().contiguous().view(-1).view(torch.uint8).numpy(), dtype="float32", shape=tuple(p.shape)
+            data=p.detach().clone().contiguous().view(-1).view(torch.uint8).numpy(),
+            dtype="float32",
+            shape=tuple(p.shape),
         )
         for name, p in model.named_parameters()
     }
@@ -85,7 +86,9 @@ def test_greedy_tokens_equal_transformers_before_and_after_every_update(engine: 
     assert outputs[0] != outputs[1] != outputs[2], "the update changed what is written"
 
 
-def test_requests_survive_an_update_and_each_token_is_of_the_version_its_span_names(engine: Any, model: torch.nn.Module):
+def test_requests_survive_an_update_and_each_token_is_of_the_version_its_span_names(
+    engine: Any, model: torch.nn.Module
+):
     sampling = Sampling(temperature=0.8, max_tokens=24, seed=7, stop_token_ids=())
     weights = {10: {name: p.detach().clone() for name, p in model.named_parameters()}}
     engine.load(10, [shard_of(model)])
@@ -123,7 +126,11 @@ def test_a_seeded_response_is_the_same_whoever_samples_with_it(engine: Any):
 
 def test_a_stop_token_ends_a_response_and_is_part_of_it(engine: Any, model: torch.nn.Module):
     first = greedy(model, 3)
-    stop = next(token for i, token in enumerate(first) if token not in first[:i] and i > 0) if len(set(first)) > 1 else first[0]
+    stop = (
+        next(token for i, token in enumerate(first) if token not in first[:i] and i > 0)
+        if len(set(first)) > 1
+        else first[0]
+    )
     sampling = Sampling(temperature=0.0, max_tokens=16, seed=None, stop_token_ids=(stop,))
     engine.load(20, [shard_of(model)])
     engine.add("stops", PROMPT, sampling)

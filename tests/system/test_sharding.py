@@ -13,7 +13,7 @@ from deltal.config_file import resolve
 from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, shard
-from tests.unit.builders import scored_group
+from tests.unit.builders import scored
 
 LIMIT = 1e-5
 """Largest ‖Δg‖ / ‖g‖ between shardings (design, numeric rule 6)."""
@@ -36,8 +36,10 @@ def gradient(rank: int, ranks: int, meeting: str, method: str, budget: int, targ
     dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
     model = shard(load(prepare(RandomModel())), compute_dtype=torch.float32, device="cpu")
     config = settings(method)
-    groups = [scored_group(i, rewards=[float((i + r) % 3 == 0) for r in range(4)], lengths=[3 + 7 * r + i for r in range(4)])
-              for i in range(6)]  # fmt: skip
+    groups = [
+        scored(i, rewards=[float((i + r) % 3 == 0) for r in range(4)], lengths=[3 + 7 * r + i for r in range(4)])
+        for i in range(6)
+    ]
     batch = assemble(0, groups, config)
     micros = pack(mini_batches(batch, count=1, seed=0)[0], budget=budget, ranks=ranks)[rank]
     accumulate(model, micros, [None] * len(micros), config.algorithm, temperature=1.0, version=0, sums=StepSums())

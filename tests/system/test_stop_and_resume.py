@@ -8,7 +8,7 @@ from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
 from tests.launch import LiveRun, deltal
 
-STEPS = 8
+STEPS = 40
 PLAIN = (f"run.steps={STEPS}", "learner.checkpoint_every=100", "evaluation.data=null", "run.export=false")
 
 
@@ -20,7 +20,8 @@ def trained(run: LiveRun) -> list[str]:
 
 def test_a_stopped_run_goes_on_with_nothing_lost_and_nothing_trained_twice(tmp_path: Path):
     with LiveRun(tmp_path, "run", *PLAIN) as run:
-        run.until_step(2)
+        run.until(lambda: run.summary().get("state") == "training", "training to begin")
+        run.until_step(1)
         stopped = deltal("stop", str(tmp_path / "run"))
         assert stopped.returncode == 0, stopped.stderr
         summary = run.end()

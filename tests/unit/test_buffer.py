@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -114,12 +114,12 @@ class ReplayMachine(RuleBasedStateMachine):
 
     @initialize(
         per_batch=st.integers(1, 3),
-        bounds=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-        batches=st.integers(1, 8),
+        bounds=st.sampled_from([(1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (0, 0), (0, 2)]),
+        batches=st.sampled_from([12, 6, 3, 1]),
         filter=st.sampled_from(["none", "equal_rewards"]),
     )
     def begin(self, per_batch: int, bounds: tuple[int, int], batches: int, filter: str) -> None:
-        ahead, staleness = sorted(bounds)
+        ahead, staleness = bounds
         self.run = Run(
             batches=batches, per_batch=per_batch, ahead=ahead, staleness=staleness, filter=filter, max_refill=2
         )
@@ -162,7 +162,8 @@ class ReplayMachine(RuleBasedStateMachine):
     def sample(self, data: st.DataObject) -> None:
         version = data.draw(st.integers(0, len(self.run.buffer.ledger.batches)))
         known = version < len(self.run.buffer.ledger.batches)
-        assume(known or version < self.run.batches)
+        if not known and version == self.run.batches:
+            return
         limit = self.run.settings.max_refill * self.run.settings.prompts_per_batch
         try:
             outcome = self.run.sample(version)
@@ -206,21 +207,20 @@ class ReplayMachine(RuleBasedStateMachine):
         for record in overdue:
             self.run.commit(record)
 
-    @rule(data=st.data())
-    def step_on_while_some_lag_behind(self, data: st.DataObject) -> None:
-        """All but the laggards finish, with the oldest tokens allowed; then the learner takes what it may."""
-        self.run.issue()
-        laggards = data.draw(st.sets(st.sampled_from(self.run.unfinished), max_size=3)) if self.run.unfinished else ()
-        for id in self.run.unfinished:
-            if id not in laggards:
+    @rule(laggards=st.integers(1, 4), steps=st.integers(2, 4))
+    def step_on_while_the_oldest_lag_behind(self, laggards: int, steps: int) -> None:
+        """All but the oldest groups finish, with the oldest tokens allowed; the learner takes what it may."""
+        for _ in range(steps):
+            self.run.issue()
+            for id in self.run.unfinished[laggards:]:
                 self.run.finish(id)
-        version = len(self.run.buffer.ledger.batches)
-        if version < self.run.batches and self.filtered_in_a_row == 0:
-            outcome = self.run.sample()
-            if isinstance(outcome, tuple):
-                self.samples[version] = outcome
-        if self.run.version < len(self.run.buffer.ledger.batches):
-            self.run.train()
+            version = len(self.run.buffer.ledger.batches)
+            if version < self.run.batches and self.filtered_in_a_row == 0:
+                outcome = self.run.sample()
+                if isinstance(outcome, tuple):
+                    self.samples[version] = outcome
+            if self.run.version < len(self.run.buffer.ledger.batches):
+                self.run.train()
 
     @rule()
     def crash_and_rebuild(self) -> None:
@@ -233,7 +233,8 @@ class ReplayMachine(RuleBasedStateMachine):
         """Never a deadlock: with every slot issued and every group finished there is a batch."""
         if self.run.version < len(self.run.buffer.ledger.batches):
             self.run.train()
-        assume(len(self.run.buffer.ledger.batches) < self.run.batches)
+        if len(self.run.buffer.ledger.batches) == self.run.batches:
+            return
         self.run.issue()
         for id in self.run.unfinished:
             self.run.finish(id)
@@ -266,7 +267,7 @@ class ReplayMachine(RuleBasedStateMachine):
 
 
 TestEveryInterleavingKeepsTheLaws = ReplayMachine.TestCase
-TestEveryInterleavingKeepsTheLaws.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestEveryInterleavingKeepsTheLaws.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 BOUNDS = [
     (ahead, staleness, per_batch) for staleness in range(4) for ahead in range(staleness + 1) for per_batch in (1, 3)
@@ -278,13 +279,15 @@ def test_staleness_stays_in_bounds_and_every_run_ends(ahead: int, staleness: int
     for seed in range(6):
         run = Run(batches=10, per_batch=per_batch, ahead=ahead, staleness=staleness)
         pick = random.Random(seed)
-        while run.version < run.batches:
+        for _ in range(2_000):
             run.issue(pick.randint(0, 2 * per_batch))
             for id in pick.sample(run.unfinished, pick.randint(0, len(run.unfinished))):
                 # The slowest worker's tokens are as old as they may be.
                 assert run.finish(id).fate is None
             if run.version < len(run.buffer.ledger.batches) or not isinstance(run.sample(), Waiting):
                 run.train()
+            if run.version == run.batches:
+                break
         assert max(run.staleness()) <= staleness
         counts = run.buffer.ledger.counts()
         assert counts == {"issued": 10 * per_batch, "consumed": 10 * per_batch} | dict.fromkeys(

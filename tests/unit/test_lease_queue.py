@@ -84,7 +84,11 @@ def test_an_entry_that_ends_every_reader_is_named():
     assert queue.delivered(4) == []
 
 
-@given(st.lists(st.tuples(st.sampled_from(["put", "lease", "ack", "renew", "back", "tick"]), st.integers(0, 5)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["put", "lease", "ack", "renew", "back", "tick"]), st.integers(0, 5)), max_size=60
+    )
+)
 def test_nothing_is_lost_or_doubled_whatever_the_order_of_calls(calls: list[tuple[str, int]]):
     queue: LeaseQueue[int] = LeaseQueue(lease_seconds=3.0)
     now, held, expected = 0.0, {}, set()

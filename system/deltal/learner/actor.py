@@ -47,6 +47,7 @@ class LearnerRank:
         self._stopping = threading.Event()
         self._listener: int | None = None
         self._shares: dict[int, dict[str, Any]] = {}
+        self._checkpoint_seconds: dict[str, float] = {}
         self._version = 0
         self._waiting_for = "the model to load"
         self._metrics = LearnerMetrics(run, f"learner-{rank}")
@@ -163,15 +164,17 @@ class LearnerRank:
                 done = self._replay.trained.remote(batch.version, result.skipped)
                 get_by(done, seconds=RPC_SECONDS, what="the ReplayBuffer to record a trained batch")
             seconds["publish"] = time.monotonic() - started
-        if trainer.version % self._config.learner.checkpoint_every == 0:
-            started = time.monotonic()
-            trainer.save()
-            seconds["checkpoint"] = time.monotonic() - started
-        row = trainer.row(batch, result, rate, seconds, redone=redone)
+        # The row goes out before the checkpoint, so that no step that will not be redone is without one.
+        row = trainer.row(batch, result, rate, seconds | self._checkpoint_seconds, redone=redone)
+        self._checkpoint_seconds = {}
         if self._rank == 0:
             answer = self._controller.report_step.remote(row)
             get_by(answer, seconds=RPC_SECONDS, what="the Controller to take a step's row")
             self._observe(row)
+        if trainer.version % self._config.learner.checkpoint_every == 0:
+            started = time.monotonic()
+            trainer.save()
+            self._checkpoint_seconds = {"checkpoint": time.monotonic() - started}
         return row
 
     def _publish(self, trainer: Trainer) -> None:

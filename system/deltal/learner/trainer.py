@@ -35,7 +35,7 @@ def join(config: RunConfig, rank: int, host: str, port: int, listener: int | Non
         deadline = timedelta(seconds=settings.rendezvous_deadline)
         store = dist.TCPStore(host, port, settings.ranks, rank == 0, deadline, **own)  # type: ignore[attr-defined]
     dist.init_process_group(
-        "nccl" if settings.num_gpus > 0 else "gloo",
+        "cpu:gloo,cuda:nccl" if settings.num_gpus > 0 else "gloo",
         store=store,
         rank=rank,
         world_size=settings.ranks,
@@ -64,7 +64,9 @@ class Trainer:
         settings = config.learner
         torch.set_num_threads(settings.threads)
         device = "cuda" if settings.num_gpus > 0 else "cpu"
-        model = load(model_folder).to(device)
+        model: Any = load(model_folder).to(device)
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable()
         self._config = config
         self.model = shard(model, compute_dtype=getattr(torch, settings.compute_dtype), device=device)
         self.optimizer = torch.optim.AdamW(

@@ -21,6 +21,8 @@ from deltal.queues.lease_queue import LeaseQueue
 from deltal.types import GroupId, Lease
 
 Boxed = list[ray.ObjectRef]
+PAYLOAD_SECONDS = 60.0
+"""How long a producer may take to hand over what it puts."""
 
 
 class ObjectQueue:
@@ -45,7 +47,7 @@ class ObjectQueue:
         """Append entries given as (key, [reference]); known keys are left alone. Returns how many were new."""
         owned = []
         for key, box in entries:
-            value = await box[0]
+            value = await asyncio.wait_for(box[0], PAYLOAD_SECONDS)
             owned.append((key, [ray.put(value)]))
         new = self._queue.put(owned, now=time.monotonic())
         self._arrived.set()

@@ -32,6 +32,7 @@ class ReplayActor:
             self._buffer.apply(record)
         self._journal.open_writer(time.time())
         self._pending: list[tuple[Record, asyncio.Future[None]]] = []
+        self._writing: list[tuple[Record, asyncio.Future[None]]] = []
         self._changed = asyncio.Condition()
         self._flusher: asyncio.Task[None] | None = None
         self._metrics = ReplayMetrics(run, "replay")
@@ -61,6 +62,7 @@ class ReplayActor:
             if record is not None:
                 records.append(self._commit(record))
         await asyncio.gather(*records)
+        await self._settled()
         return receipts
 
     async def sample(self, version: int, wait_seconds: float) -> tuple[ScoredGroup, ...] | Waiting:
@@ -72,6 +74,7 @@ class ReplayActor:
                 await self._commit(outcome)
                 outcome = outcome.ids
             if isinstance(outcome, tuple):
+                await self._settled()
                 return self._groups(outcome)
             left = deadline - time.monotonic()
             if left <= 0:
@@ -145,13 +148,21 @@ class ReplayActor:
         async with self._changed:
             self._changed.notify_all()
 
+    async def _settled(self) -> None:
+        """Wait until every record folded so far is on disk, so that an outcome given again is as true as the first."""
+        if self._pending or self._writing:
+            waiting = [done for _, done in [*self._writing, *self._pending]]
+            await asyncio.wait(waiting, timeout=60.0)
+
     async def _flush(self) -> None:
         """Write pending records, at most `flush_records` a segment, until none is left."""
         settings = self._buffer.settings
         while self._pending:
             if len(self._pending) < settings.flush_records:
                 await asyncio.sleep(settings.flush_seconds)
-            taken, self._pending = self._pending[: settings.flush_records], self._pending[settings.flush_records :]
+            limit = settings.flush_records
+            taken, self._pending = self._pending[:limit], self._pending[limit:]
+            self._writing = taken
             started = time.monotonic()
             try:
                 await asyncio.to_thread(self._journal.write, [record for record, _ in taken])
@@ -164,6 +175,7 @@ class ReplayActor:
             for _, done in taken:
                 if not done.done():
                     done.set_result(None)
+            self._writing = []
 
     def _count(self, record: Record) -> None:
         metrics = self._metrics

@@ -81,12 +81,13 @@ class Journal:
 
     def read(self) -> Iterator[Record]:
         """All records in order. Raises JournalError on a damaged or missing segment."""
-        expected: tuple[int, int] | None = None
+        last: tuple[int, int] | None = None
         for name in self.segments():
             incarnation, number = (int(part) for part in NAME.match(name).groups())  # type: ignore[union-attr]
-            if expected and incarnation == expected[0] and number != expected[1]:
-                raise JournalError(f"{self._folder}: segment {expected[1]} of incarnation {incarnation} is missing")
-            expected = (incarnation, number + 1)
+            if last and (incarnation, number) not in ((last[0], last[1] + 1), (last[0] + 1, 0)):
+                lost = (last[0], last[1] + 1) if incarnation == last[0] else (last[0] + 1, 0)
+                raise JournalError(f"{self._folder}: segment {lost[1]} of incarnation {lost[0]} is missing")
+            last = (incarnation, number)
             yield from self._load(name)
 
     def open_writer(self, at: float) -> Opened:
@@ -153,3 +154,8 @@ class Journal:
             raise JournalError(f"{path} exists already: a second ReplayBuffer writes this journal") from None
         finally:
             temporary.unlink()
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # The name, too, must survive a power cut.
+        finally:
+            os.close(folder)

@@ -59,6 +59,7 @@ class RolloutWorker:
         self._open: dict[GroupId, _Open] = {}
         self._held: deque[Lease[Any]] = deque()
         self._offered: PolicyVersion[Any] | None = None
+        self._polled: int | None = None
         self._stopping = threading.Event()
         self._renewed = self._progress = time.monotonic()
         self._busy_seconds = 0.0
@@ -114,13 +115,12 @@ class RolloutWorker:
 
     def _poll_policy(self) -> None:
         """Long-poll the PolicyStore; the engine thread picks up what is offered."""
-        version: int | None = None
         while not self._stopping.is_set():
             newer = get_by(
-                self._policy.wait_newer.remote(version, 5.0), seconds=RPC_SECONDS, what="the PolicyStore's answer"
+                self._policy.wait_newer.remote(self._polled, 5.0), seconds=RPC_SECONDS, what="the PolicyStore's answer"
             )
             if newer is not None:
-                version = newer.version
+                self._polled = newer.version
                 self._offered = newer
 
     def _load(self) -> None:
@@ -134,7 +134,8 @@ class RolloutWorker:
             shards = get_by(boxes, seconds=RPC_SECONDS, what=f"weights of version {offered.version}")
             self._engine.load(offered.version, [shard["tensors"] for shard in shards])
         except ray.exceptions.RayError:
-            # The holder died between offer and load; the store offers the next version soon.
+            # The holder died between offer and load: ask again.
+            self._polled = self._engine.version
             self._metrics.loads_failed.inc()
             return
         self._metrics.load_seconds.observe(time.monotonic() - started)

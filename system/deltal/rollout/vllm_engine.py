@@ -59,7 +59,6 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
         block_size=None if on_gpu else 32,
         enable_prefix_caching=True,
         enforce_eager=not on_gpu,
-        tensor_parallel_size=settings.tensor_parallel,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         seed=seed % 2**31,
         disable_log_stats=True,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-
-from deltal.errors import DeadlineError, RunNotFoundError
-from deltal.queues.object_queue import get_by
+from deltal.errors import AddressError, DeadlineError, RunNotFoundError
 from deltal.run.folder import RunFolder, lock_is_alive
 
 RPC_SECONDS = 30.0
@@ -29,10 +27,19 @@ def controller(folder: RunFolder) -> Iterator[Any]:
         raise RunNotFoundError(
             f"{folder.name} is not running (last state: {state}); `deltal resume {folder.name}` makes it go on"
         )
+    # Ray reads this once, when it is first imported: the run's cluster asks for the user's token or it does not.
+    if place.get("auth"):
+        os.environ.setdefault("RAY_AUTH_MODE", place["auth"])
+    import ray
+
+    from deltal.run.driver import loopback_kept, require_answer
+
     try:
-        ray.init(address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR")
+        require_answer(place["address"])
+        with loopback_kept():
+            ray.init(address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR")
         yield ray.get_actor(place["controller"])
-    except (ConnectionError, ValueError) as error:
+    except (AddressError, ConnectionError, ValueError) as error:
         raise RunNotFoundError(
             f"{folder.name} runs on the Ray cluster at {place['address']}, which does not answer from here: "
             f"{str(error).splitlines()[0]}"
@@ -42,11 +49,16 @@ def controller(folder: RunFolder) -> Iterator[Any]:
 
 
 def call(folder: RunFolder, method: str, *arguments: Any) -> Any:
-    """Call one method of a living run's Controller. Raises RunNotFoundError, DeadlineError."""
+    """Call one method of a living run's Controller. Raises RunNotFoundError, DeadlineError, and what it raised."""
     with controller(folder) as handle:
+        import ray
+
+        from deltal.queues.object_queue import get_by
+
         try:
-            return get_by(
-                getattr(handle, method).remote(*arguments), seconds=RPC_SECONDS, what=f"{folder.name}'s Controller"
-            )
+            answer = getattr(handle, method).remote(*arguments)
+            return get_by(answer, seconds=RPC_SECONDS, what=f"{folder.name}'s Controller")
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except ray.exceptions.ActorDiedError:
             raise DeadlineError(f"{folder.name}'s Controller just died; its driver resumes it") from None

@@ -39,6 +39,9 @@ from deltal.run.report import write_report
 from deltal.run.supervisor import Supervisor, answer
 from deltal.types import GroupId, Prompt, RolloutRequest, ScoredGroup
 
+MODEL_SECONDS = 3600.0
+"""A large model may have to be downloaded or written."""
+
 
 class StoppedError(DeltalError):
     """The run was asked to stop."""
@@ -138,7 +141,7 @@ class Controller:
             if self._held_out:
                 async with self._phase("evaluating", "evaluation_after"):
                     await self._evaluate("after")
-            if self._config.run.export:
+            if self._config.run.export and self._folder.is_local:
                 async with self._phase("exporting"):
                     await self._export()
             await observer.look()
@@ -174,7 +177,8 @@ class Controller:
         self._cursor = PromptCursor(len(self._prompts), config.run.seed)
         observer.say("preparing the model folder")
         task = ray.remote(prepare_model).options(num_cpus=0)
-        supervisor.model = await self._unless_stopped(asyncio.wrap_future(task.remote(config.model).future()))
+        prepared = answer(task.remote(config.model), MODEL_SECONDS)
+        supervisor.model = await self._unless_stopped(prepared, f"the model folder within {MODEL_SECONDS:.0f} s")
         observer.say("loading the learner and the engine")
         await self._unless_stopped(supervisor.start_learner())
         await supervisor.scale("verify", config.verify.workers)
@@ -241,7 +245,7 @@ class Controller:
         facts = {f"held-out accuracy, {row['label']}": row["accuracy"] for row in self._observer.evaluations}
         rank = next(iter(self._supervisor.members["learner"].values())).handle
         done = rank.export.remote(self._folder.path("export"), facts)
-        await self._unless_stopped(asyncio.wrap_future(done.future()))
+        await self._unless_stopped(answer(done, MODEL_SECONDS), f"the export within {MODEL_SECONDS:.0f} s")
 
     # --- loops ------------------------------------------------------------------------------------
 
@@ -309,6 +313,8 @@ class Controller:
             poisoned = await answer(services[queue].delivered.remote(3))
             if poisoned:
                 await answer(services["replay"].evict.remote(poisoned, "poisoned"))
+                if self._evaluation is not None:
+                    self._evaluation.give_up(poisoned)
                 rows = [{"group": str(id), "prompt": self._prompt(id).id, "queue": queue} for id in poisoned]
                 self._folder.append_rows("poisoned.jsonl", rows)
                 self._observer.say(f"{len(poisoned)} group(s) ended three readers and were evicted: poisoned.jsonl")
@@ -333,8 +339,8 @@ class Controller:
         entries = [(request.id, [ray.put(request)]) for request in requests]
         await answer(self._supervisor.services["prompt"].put.remote(entries))
 
-    async def _unless_stopped(self, work: Awaitable[Any]) -> Any:
-        """Await `work`, but not beyond a stop or a failure."""
+    async def _unless_stopped(self, work: Awaitable[Any], what: str = "an answer") -> Any:
+        """Await `work`, but not beyond a stop or a failure. Raises DeadlineError with `what` when it times out."""
         task, stopping = asyncio.ensure_future(work), asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([task, stopping, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -346,6 +352,8 @@ class Controller:
             stopping.cancel()
         try:
             return task.result()
+        except TimeoutError:
+            raise DeadlineError(f"waited in vain for {what}") from None
         except ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, DeltalError) else UserError(str(cause or error)) from None

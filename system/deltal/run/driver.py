@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,8 @@ def drive(
     """
     token = os.environ.get("DELTAL_TOKEN") or None
     with FolderLock(folder, beat=config.run.heartbeat_seconds, on_loss=_lost_folder), _cluster(address, plan) as where:
-        folder.write_json("cluster.json", {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)})
+        place = {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)}
+        folder.write_json("cluster.json", place | {"auth": os.environ.get("RAY_AUTH_MODE")})
         for life in range(config.run.max_resumes + 1):
             try:
                 return _live(config, folder, token, show, is_local=address is None)
@@ -74,10 +76,12 @@ def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
     try:
         if address is None:
             store = int((sum(plan.object_store_gib.values()) + 0.5) * GIB)
-            context = ray.init(
-                **quiet, include_dashboard=False, object_store_memory=store, _node_ip_address="127.0.0.1"
-            )
+            with loopback_kept():
+                context = ray.init(
+                    **quiet, include_dashboard=False, object_store_memory=store, _node_ip_address="127.0.0.1"
+                )
         else:
+            require_answer(address)
             context = ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "a local Ray could not be started" if address is None else f"no Ray cluster answers at {address}"
@@ -86,6 +90,37 @@ def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
         yield context.address_info["gcs_address"]
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def loopback_kept() -> Iterator[None]:
+    """Make a local Ray listen on loopback only, and be reached there.
+
+    Ray does so for a node address of 127.0.0.1, but replaces that address by the machine's first; there is no setting
+    for it. Where a later Ray has no such function any more, its own token authentication remains.
+    """
+    from ray._private import node, services
+
+    places = [module for module in (node, services) if hasattr(module, "resolve_ip_for_localhost")]
+    kept = [(module, module.resolve_ip_for_localhost) for module in places]
+    for module in places:
+        module.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        for module, original in kept:
+            module.resolve_ip_for_localhost = original
+
+
+def require_answer(address: str) -> None:
+    """Raises AddressError when nothing listens at `host:port`: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`: Ray looks the address up.
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise AddressError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
 
 
 def _live(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from deltal.config import RunConfig
-from deltal.types import GroupId, Prompt, RolloutRequest, ScoredGroup
+from deltal.types import Group, GroupId, Prompt, RolloutRequest, ScoredGroup
 
 RESAMPLES = 10_000
 
@@ -37,7 +37,7 @@ class Evaluation:
                 prompt=prompt,
                 issued_version=version,
                 responses=settings.responses_per_prompt,
-                temperature=settings.temperature or rollout.temperature,
+                temperature=rollout.temperature if settings.temperature is None else settings.temperature,
                 max_tokens=rollout.max_response_tokens,
             )
         return Evaluation(label=label, version=version, requests=requests)
@@ -46,6 +46,17 @@ class Evaluation:
         """Keep a result of this evaluation; others and second deliveries are ignored."""
         if scored.group.id in self.requests:
             self.results.setdefault(scored.group.id, scored)
+
+    def give_up(self, ids: Iterable[GroupId]) -> None:
+        """Count prompts that end whoever reads them as wrong."""
+        for id in ids:
+            if id in self.requests:
+                request = self.requests[id]
+                group = Group(
+                    id=id, prompt=request.prompt, issued_version=request.issued_version, worker="", seconds=0.0,
+                    prompt_tokens=np.zeros(0, dtype=np.int32), responses=(),
+                )  # fmt: skip
+                self.take(ScoredGroup(group=group, verdicts=()))
 
     def missing(self, present: set[GroupId]) -> list[RolloutRequest]:
         """Requests without a result that are in no queue and no lease."""

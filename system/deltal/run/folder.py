@@ -93,7 +93,11 @@ class RunFolder:
         """Append JSON lines; on object storage, which has no append, the file is rewritten."""
         data = "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode()
         if self.is_local:
-            with self._fs.open(f"{self._path}/{name}", "ab") as file:
+            path = Path(f"{self._path}/{name}")
+            with path.open("ab+") as file:
+                # A line cut by a crash must not swallow the next one.
+                if file.tell() and _last_byte(path) != b"\n":
+                    data = b"\n" + data
                 file.write(data)
         else:
             old = self.read(name) if self.exists(name) else b""
@@ -135,6 +139,7 @@ class FolderLock:
         me = psutil.Process()
         self._holder = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
         self._released = threading.Event()
+        self._beating = threading.Thread(target=self._renew, daemon=True, name="folder-lock")
 
     def __enter__(self) -> FolderLock:
         """Take the folder. Raises RunInUseError that names the holder."""
@@ -145,11 +150,13 @@ class FolderLock:
         held = self._folder.read_json("lock.json") or {}
         if held.get("id") != self._holder["id"]:
             self._refuse_living(held)
-        threading.Thread(target=self._renew, daemon=True, name="folder-lock").start()
+        self._beating.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._released.set()
+        # A heartbeat under way would write the lock again after its release.
+        self._beating.join(10.0)
         held = self._folder.read_json("lock.json") or {}
         if held.get("id") == self._holder["id"]:
             self._folder.write_json("lock.json", {})
@@ -183,6 +190,12 @@ def lock_is_alive(held: dict[str, Any] | None, beat: float) -> bool:
         except psutil.NoSuchProcess:
             return False
     return time.time() - float(held.get("at", 0.0)) < MISSED_BEATS * beat
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
 
 
 def _finite(value: Any) -> Any:

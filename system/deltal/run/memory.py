@@ -28,8 +28,8 @@ def parameter_count(shape: ModelShape) -> int:
     return embeddings + shape.layers * layer + shape.hidden_size
 
 
-def activation_bytes(shape: ModelShape, tokens: int, dtype: str) -> int:
-    """Peak of one forward and backward over T packed tokens, without recomputation.
+def activation_bytes(shape: ModelShape, tokens: int, dtype: str, *, recomputed: bool = False) -> int:
+    """Peak of one forward and backward over T packed tokens.
 
     b·l·(T·(8h + 3Hd + 4i) + T²) saved for backward, T² being the mask each layer keeps; qwen3's norms on q and k keep
     2(H + K)d more a token. Then 3·4·T·V for float32 logits, their log-softmax and its gradient. Measured on
@@ -39,7 +39,10 @@ def activation_bytes(shape: ModelShape, tokens: int, dtype: str) -> int:
     per_token = 8 * shape.hidden_size + 3 * queries + 4 * shape.intermediate_size
     if shape.architecture == "qwen3":
         per_token += 2 * (queries + keys)
-    saved = BYTES[dtype] * shape.layers * (tokens * per_token + tokens * tokens)
+    a_layer = BYTES[dtype] * (tokens * per_token + tokens * tokens)
+    # With recomputation only each layer's input is kept, and one layer at a time is whole.
+    inputs = BYTES[dtype] * shape.layers * tokens * shape.hidden_size
+    saved = inputs + a_layer if recomputed else shape.layers * a_layer
     return saved + 3 * 4 * tokens * shape.vocab_size
 
 
@@ -65,7 +68,12 @@ def learner_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         "weights": 4 * parameters // ranks,
         "gradients": 4 * parameters // ranks,
         "optimizer": 8 * parameters // ranks,
-        "activations": activation_bytes(shape, forward_tokens(config), config.learner.compute_dtype),
+        "activations": activation_bytes(
+            shape,
+            forward_tokens(config),
+            config.learner.compute_dtype,
+            recomputed=config.learner.activation_checkpointing,
+        ),
     }
     if ranks > 1:
         parts["gathered layer"] = BYTES[config.learner.compute_dtype] * largest_unit(shape)

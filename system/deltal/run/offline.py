@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from deltal.config import RunConfig
+from deltal.config import DataConfig, JsonlData, ParquetData, RunConfig
+from deltal.config_file import load_config
 from deltal.data.chat import Chat
+from deltal.errors import RunNotFoundError, UserError
 from deltal.rollout.engine import Sampling
 from deltal.run.evaluation import mean_interval
+from deltal.run.folder import RunFolder
+from deltal.run.model_folder import check_model_folder
 from deltal.types import Prompt
 from deltal.verify.sandbox import SandboxPool
 
@@ -25,7 +29,9 @@ def evaluate(
     from deltal.rollout import vllm_engine
 
     rollout, chat = config.rollout, Chat(model, config.chat)
-    limit = config.chat.max_prompt_tokens
+    limit, temperature = config.chat.max_prompt_tokens, config.evaluation.temperature
+    if temperature is None:
+        temperature = rollout.temperature
     engine = vllm_engine.create(model, rollout, max_model_len=limit + rollout.max_response_tokens, seed=config.run.seed)
     texts: dict[str, str | None] = {}
     lengths = []
@@ -33,7 +39,7 @@ def evaluate(
         tokens = chat.encode(prompt)
         for r in range(responses if len(tokens) <= limit else 0):
             sampling = Sampling(
-                temperature=config.evaluation.temperature or rollout.temperature,
+                temperature=temperature,
                 max_tokens=rollout.max_response_tokens,
                 seed=(config.run.seed * 1_000_003 + i * responses + r) % 2**31 if rollout.seed_responses else None,
                 stop_token_ids=chat.stop_token_ids,
@@ -63,3 +69,30 @@ def evaluate(
         "overlong": sum(text is None for text in texts.values()),
         "prompts_too_long": len(prompts) - total // max(responses, 1),
     }
+
+
+def model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]:
+    """The model folder and the settings to evaluate it with. Raises UserError, ModelError, ConfigError."""
+    try:
+        folder = RunFolder.find(model)
+    except RunNotFoundError:
+        if config is None:
+            raise UserError(
+                f"{model} is no run; to evaluate a model name its settings: --config configs/demo.yaml"
+            ) from None
+        check_model_folder(model)
+        return model, load_config(config)
+    if not folder.exists("export/config.json"):
+        raise UserError(f"{folder.name} has no export yet: `deltal export {folder.name} DIR`, then evaluate DIR")
+    return folder.path("export"), load_config(config) if config else folder.config()
+
+
+def data_source(data: str | None, settings: RunConfig) -> DataConfig:
+    """The held-out data: a file with the columns of the settings' own data, or that itself. Raises UserError."""
+    if data is None:
+        if settings.evaluation.data is None:
+            raise UserError("the settings name no evaluation data; give a .jsonl or .parquet file")
+        return settings.evaluation.data
+    base = settings.evaluation.data or settings.data
+    shared = {name: getattr(base, name) for name in ("template", "task", "prompt_column", "answer_column", "id_column")}
+    return ParquetData(path=data, **shared) if data.endswith(".parquet") else JsonlData(path=data, **shared)

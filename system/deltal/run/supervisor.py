@@ -192,7 +192,7 @@ class Supervisor:
         return (
             ray.remote(RolloutWorker)
             .options(
-                num_cpus=settings.num_cpus, num_gpus=settings.num_gpus * settings.tensor_parallel, max_concurrency=8,
+                num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, max_concurrency=8,
                 runtime_env={"env_vars": variables},
             )
             .remote(
