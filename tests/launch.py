@@ -120,11 +120,11 @@ class LiveRun:
                            for line in text.splitlines())  # fmt: skip
         return False
 
-    def listening(self) -> set[str]:
+    def listening(self) -> list[str]:
         """Addresses on which the driver and all below it listen."""
         tree = {self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True))}
         found = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in tree]
-        return {connection.laddr.ip.removeprefix("::ffff:") for connection in found}
+        return [connection.laddr.ip.removeprefix("::ffff:") for connection in found]
 
     def controller_pid(self) -> int:
         """The Controller's process, which Ray names after its class and method."""

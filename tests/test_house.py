@@ -25,7 +25,7 @@ NAMES = [file.relative_to(PACKAGE).as_posix() for file in FILES]
 
 FLOORS = {
     "cli.py": 6,
-    "__main__.py": 6,
+    "__main__.py": 7,
     "run": 5,
     "rollout": 4,
     "verify": 4,

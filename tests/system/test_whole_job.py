@@ -11,16 +11,15 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from deltal.config import RandomModel
 from deltal.learner.export import export
 from deltal.learner.model import prepare
 from deltal.monitor.metrics import metric_names
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import Admitted, BatchFormed
-from tests.launch import LiveRun, deltal
+from tests.launch import TINY, LiveRun, deltal
 
 STEPS = 24
-LONG_PROMPT = "Which number is the largest: " + "1, " * 100 + "2?"
+LONG_PROMPT = "Write one of the letters a, e, i. " * 20
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +27,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A finished run and what was seen while it ran."""
     root = tmp_path_factory.mktemp("runs")
     data = root / "data.jsonl"
+    letters = ["aei", "bdt", "osn"]
     rows = [
-        {"id": f"q{i}", "prompt": f"Largest: {i}, {i + 1}?", "answer": str(i + 1), "task": "largest"}
+        {"id": f"q{i}", "prompt": f"{i}: write one of {letters[i % 3]}.", "answer": letters[i % 3], "task": "letters"}
         for i in range(200)
     ]
     rows[5]["prompt"] = LONG_PROMPT
@@ -39,13 +39,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         "learner.keep_checkpoints=100", "rollout.num_cpus=0.25", "replay.max_ahead=1",
     )  # fmt: skip
     config = root / "job.yaml"
-    config.write_text(
-        (Path(__file__).parents[2] / "configs" / "tiny.yaml")
-        .read_text()
-        .replace(
-            'data: {kind: generated, name: largest, size: 64, high: 9, numbers: 2, template: "{prompt}"}', "data: {}"
-        )
-    )
+    lines = Path(TINY).read_text().splitlines()
+    config.write_text("\n".join("data: {}" if line.startswith("data:") else line for line in lines))
     seen: dict[str, Any] = {}
     with LiveRun(root, "job", *overrides, config=str(config)) as run:
         # Paused before it trains: the tiny model would be done before a second terminal has joined.
@@ -126,7 +121,7 @@ def test_weights_change_in_the_workers_and_are_those_of_the_learner(job: dict[st
     config = job["folder"].config()
     admitted = [r.scored.group for r in Journal(job["folder"].path("journal")).read() if isinstance(r, Admitted)]
     checked: dict[int, float] = {}
-    models = {0: _logits(prepare(RandomModel()))}
+    models = {0: _logits(prepare(config.model))}
     for version in range(1, 7):
         export(job["folder"].path("checkpoints"), str(tmp_path / str(version)), config=config, version=version)
         models[version] = _logits(str(tmp_path / str(version)))

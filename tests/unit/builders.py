@@ -78,6 +78,35 @@ def run_config(**rooms: Any) -> RunConfig:
     return RunConfig.model_validate({"model": {"kind": "random"}, "data": {"kind": "generated"}} | rooms)
 
 
+def numbered(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    """The same groups with log-probabilities -1, -2, …: each token of the batch can be told by its own."""
+    count = 0
+    told = []
+    for group in groups:
+        responses = []
+        for answer in group.group.responses:
+            numbers = -np.arange(count + 1, count + 1 + len(answer.tokens), dtype=np.float32)
+            responses.append(dataclasses.replace(answer, logprobs=numbers))
+            count += len(answer.tokens)
+        told.append(dataclasses.replace(group, group=dataclasses.replace(group.group, responses=tuple(responses))))
+    return told
+
+
+def tiny_model(architecture: Any = "qwen2", *, tied: bool = True) -> Any:
+    """A random model with weights large enough that every token it attends to matters. Needs `model_cache`."""
+    import torch
+
+    from deltal.config import ModelShape, RandomModel
+    from deltal.learner.model import load, prepare
+
+    model = load(prepare(RandomModel(shape=ModelShape(architecture=architecture, tied_embeddings=tied))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)
+    return model
+
+
 def same(one: Any, other: Any) -> bool:
     """Deep equality of carriers and records: arrays by dtype, shape and bytes, all else by type and value."""
     if type(one) is not type(other):

@@ -14,10 +14,18 @@ settings.load_profile("unhurried")
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DELTAL_CACHE in a temporary folder, so that models made by tests are made by this session's code."""
+    """DELTAL_CACHE in a temporary folder, so that models made by tests are made by this session's code.
+
+    Tiny models run on one thread: more would only wait for each other.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELTAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,7 +97,24 @@ def _countdown_two(config: GeneratedData) -> Iterator[Row]:
         }
 
 
-TASKS: dict[str, Callable[[GeneratedData], Iterator[Row]]] = {"largest": _largest, "countdown_two": _countdown_two}
+def _letters(config: GeneratedData) -> Iterator[Row]:
+    """Three different letters, one of which must occur in the answer: what a model of random weights can do."""
+    choices = _shuffled(list(itertools.combinations(range(26), 3)), _generator(config.seed))
+    questions = (Question(numbers=choice, target=0) for choice in choices)
+    for question in itertools.islice(_of_split(questions, config.split), config.size):
+        named = [string.ascii_lowercase[number] for number in question.numbers]
+        yield {
+            "task": "letters",
+            "prompt": f"Write one of the letters {', '.join(named)}.",
+            "answer": "".join(named),
+        }
+
+
+TASKS: dict[str, Callable[[GeneratedData], Iterator[Row]]] = {
+    "largest": _largest,
+    "countdown_two": _countdown_two,
+    "letters": _letters,
+}
 
 
 def _results(a: int, b: int) -> Iterator[tuple[str, int]]:

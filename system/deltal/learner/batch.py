@@ -118,7 +118,9 @@ def mini_batches(batch: Batch, *, count: int, seed: int) -> list[list[Item]]:
     ]
     if count == 1:
         return [items]
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, batch.version]))).permutation(len(items))
+    # SeedSequence takes no negative numbers; a run's seed may be one.
+    entropy = np.random.SeedSequence([seed % 2**64, batch.version])
+    order = np.random.Generator(np.random.PCG64(entropy)).permutation(len(items))
     total = sum(item.coefficient > 0 for item in items)
     cut = []
     for part in np.array_split(order, count):

@@ -21,6 +21,7 @@ from deltal.verify.answers import Finding
 from deltal.verify.code import code
 from deltal.verify.countdown import countdown
 from deltal.verify.isolation import is_sandboxed
+from deltal.verify.letters import letters
 from deltal.verify.math import math
 from deltal.verify.numbers import gsm8k, largest
 from deltal.verify.reasoning import reasoning_gym
@@ -55,6 +56,7 @@ VERIFIERS: dict[str, Verifier] = {
     "largest": Verifier(judge=largest),
     "gsm8k": Verifier(judge=gsm8k),
     "countdown": Verifier(judge=countdown),
+    "letters": Verifier(judge=letters),
     "math": Verifier(judge=math, library="math_verify", in_sandbox=True),
     "reasoning_gym": Verifier(judge=reasoning_gym, library="reasoning_gym", in_sandbox=True, evaluates_text=True),
     "code": Verifier(judge=lambda answer, fields, text: code(answer, fields, text, **_limits)),
