@@ -14,11 +14,15 @@ import fsspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from deltal.errors import LearnerError
+
+# torch's own is no Exception but a BaseException.
+UNREADABLE = (Exception, CheckpointException)
 
 
 class Checkpoints:
@@ -57,38 +61,50 @@ class Checkpoints:
         weights, moments = get_state_dict(model, optimizer)
         try:
             dcp_save({"model": weights, "optimizer": moments}, storage_writer=self._storage(version, writing=True))
-        except Exception as error:
+        except UNREADABLE as error:
             raise LearnerError(f"checkpoint {where} could not be written: {_one_line(error)}") from error
         if dist.get_rank() == 0:
             complete = {"version": version, "ranks": dist.get_world_size(), "at": time.time(), **extra}
             self._fs.pipe_file(f"{where}/complete.json", json.dumps(complete).encode())
-            for old in self.versions()[: -self._keep]:
+            # Newer ones than this were passed over as damaged: they must not push out what can be read.
+            for old in [known for known in self.versions() if known <= version][: -self._keep]:
                 self._fs.rm(f"{self._path}/{old:08d}", recursive=True)
         dist.barrier()
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
         """Load the newest complete checkpoint; returns its version and extras, (0, {}) when there is none.
 
-        One that cannot be read is named, and the one before is taken.
+        One that cannot be read is named, and the one before is taken. Raises LearnerError when there are some and none
+        can be read.
         """
-        for version in reversed(self.versions()):
+        versions = self.versions()
+        for version in reversed(versions):
             where = f"{self._path}/{version:08d}"
             weights, moments = get_state_dict(model, optimizer)
             try:
+                extra: dict[str, Any] = json.loads(self._fs.cat_file(f"{where}/complete.json"))
                 dcp_load({"model": weights, "optimizer": moments}, storage_reader=self._storage(version, writing=False))
-            except Exception as error:
+            except UNREADABLE as error:
                 # Any reader error means the same here: this checkpoint is of no use, an older one may be.
                 print(f"deltal: checkpoint {where} is damaged and passed over: {_one_line(error)}")  # noqa: T201
                 continue
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-            extra: dict[str, Any] = json.loads(self._fs.cat_file(f"{where}/complete.json"))
             return version, extra
+        if versions:
+            # Reading writes into the model's own weights, so they may be neither the start model's nor a checkpoint's.
+            raise LearnerError(f"no checkpoint in {self._path} can be read; move it away to train from the start again")
         return 0, {}
 
     def load_weights(self, version: int, model: torch.nn.Module) -> None:
-        """Load only the weights of one checkpoint into an unsharded model, without a process group."""
+        """Load only the weights of one checkpoint into an unsharded model, without a process group.
+
+        Raises LearnerError when it cannot be read.
+        """
         state = {"model": model.state_dict()}
-        dcp_load(state, storage_reader=self._storage(version, writing=False))
+        try:
+            dcp_load(state, storage_reader=self._storage(version, writing=False))
+        except UNREADABLE as error:
+            raise LearnerError(f"checkpoint {self._path}/{version:08d} is damaged: {_one_line(error)}") from error
         model.load_state_dict(state["model"])
 
     def _storage(self, version: int, *, writing: bool) -> Any:
