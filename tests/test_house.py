@@ -44,7 +44,10 @@ FLOORS = {
 }
 """Place to floor; an import goes down, or stays in its own place. Floor 0 is one place."""
 
-RAY = r"[a-z_]+/actor\.py|queues/object_queue\.py|policy\.py|run/(controller|supervisor|driver|attach|submit|doctor)\.py|cli\.py"
+RAY = (
+    r"[a-z_]+/actor\.py|queues/object_queue\.py|policy\.py|cli\.py"
+    r"|run/(controller|supervisor|driver|attach|submit|doctor)\.py"
+)
 ALLOWED = {
     "ray": RAY,
     "vllm": r"rollout/vllm_engine\.py",

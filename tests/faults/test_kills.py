@@ -34,7 +34,15 @@ def assert_trained_once(run: LiveRun) -> None:
     assert sorted({row["step"] for row in run.rows()}) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("victim", ["rollout-0", "verify-0", "replay", "prompt", "rollout", "policy", "learner-0"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "rollout-0",
+        "replay",
+        "policy",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("verify-0", "prompt", "rollout", "learner-0")),
+    ],
+)
 def test_a_run_survives_the_death_of(victim: str, tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
         pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")

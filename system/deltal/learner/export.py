@@ -11,6 +11,9 @@ from deltal.errors import UserError
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.model import copy_tokenizer, load, prepare
 
+TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
+"""The line of a model card by which a later export knows its own."""
+
 
 def export(
     checkpoints: str, target: str, *, config: Any, version: int | None = None, facts: dict[str, Any] | None = None
@@ -28,8 +31,8 @@ def export(
         )
     chosen = versions[-1] if version is None else version
     folder = Path(target)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"{target} exists and is no model folder; choose another")
+    if folder.exists() and not _may_be_replaced(folder):
+        raise UserError(f"{target} exists and is no export of deltal; choose another")
     base = prepare(config.model)
     model: Any = load(base)
     store.load_weights(chosen, model)
@@ -48,6 +51,14 @@ def export(
     return chosen
 
 
+def _may_be_replaced(folder: Path) -> bool:
+    """An empty folder or an earlier export; not, for instance, the start model's folder."""
+    if not folder.is_dir():
+        return False
+    card = folder / "README.md"
+    return not any(folder.iterdir()) or (card.is_file() and TAGS in card.read_text(errors="replace").splitlines())
+
+
 def model_card(config: Any, version: int, facts: dict[str, Any]) -> str:
     """The card: what was trained on what, with which aggregation, and how it evaluated."""
     aggregation = config.algorithm.aggregation
@@ -55,7 +66,7 @@ def model_card(config: Any, version: int, facts: dict[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [reinforcement-learning, rlvr, deltal]",
+        TAGS,
         "---",
         f"# {config.run.name or 'deltal run'}, policy version {version}",
         "",

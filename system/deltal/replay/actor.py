@@ -28,9 +28,10 @@ class ReplayActor:
     ) -> None:
         self._journal = Journal(journal)
         self._buffer = ReplayBuffer(settings, batches=batches)
+        # Opened first: an older writer can then add nothing that is not read here.
+        self._journal.open_writer(time.time())
         for record in self._journal.read():
             self._buffer.apply(record)
-        self._journal.open_writer(time.time())
         self._pending: list[tuple[Record, asyncio.Future[None]]] = []
         self._writing: list[tuple[Record, asyncio.Future[None]]] = []
         self._changed = asyncio.Condition()

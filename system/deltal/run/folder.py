@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -173,11 +174,13 @@ class FolderLock:
 
     def _renew(self) -> None:
         while not self._released.wait(self._beat):
-            held = self._folder.read_json("lock.json") or {}
-            if held.get("id") != self._holder["id"]:
-                self._on_loss()
-                return
-            self._write()
+            # A passing fault of the storage costs a beat, not the lock.
+            with contextlib.suppress(OSError, ValueError):
+                held = self._folder.read_json("lock.json") or {}
+                if held.get("id") != self._holder["id"]:
+                    self._on_loss()
+                    return
+                self._write()
 
 
 def lock_is_alive(held: dict[str, Any] | None, beat: float) -> bool:

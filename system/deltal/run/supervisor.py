@@ -109,7 +109,7 @@ class Supervisor:
                     f"no place for {settings.ranks} learner rank(s) with {bundle} within "
                     f"{settings.rendezvous_deadline:.0f} s; the cluster has {ray.cluster_resources()}"
                 ) from None
-        variables = {"OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {"OMP_NUM_THREADS": str(settings.threads)}
         if ray.util.get_node_ip_address() == "127.0.0.1":
             variables["GLOO_SOCKET_IFNAME"] = "lo"
         ranks = [
@@ -186,7 +186,7 @@ class Supervisor:
     def _rollout_worker(self, name: str) -> Any:
         settings = self._config.rollout
         variables = {
-            "OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": str(settings.threads),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         }  # fmt: skip
         return (

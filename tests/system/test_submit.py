@@ -1,0 +1,65 @@
+"""`deltal submit`: the run as a Ray job on a cluster that was there before and stays afterwards."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch import TINY, deltal
+
+
+def free_port() -> int:
+    """Outside 10002–19999, where Ray's workers take theirs."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = int(server.getsockname()[1])
+        if port > 20000:
+            return port
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray head of our own, ended by its process group and not by `ray stop`, which ends every Ray of the machine."""
+    port, dashboard = free_port(), free_port()
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=500000000",
+    ]  # fmt: skip
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", dashboard), timeout=1):
+                break
+        except OSError:
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.3)
+    yield address
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(30)
+
+
+def test_a_submitted_job_trains_and_leaves_its_run_folder(cluster: str, tmp_path: Path):
+    runs = tmp_path / "runs"
+    submitted = deltal(
+        "submit", TINY, "run.steps=2", "run.export=false", "evaluation.data=null", "--run", "job", "--address", cluster,
+        "--wait", timeout=240.0, DELTAL_RUNS=str(runs),
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    summary = json.loads((runs / "job" / "summary.json").read_text())
+    assert summary["state"] == "done"
+    assert summary["policy_version"] == 2
+    assert deltal("audit", str(runs / "job")).returncode == 0
+    with urllib.request.urlopen(urllib.request.Request(cluster), timeout=10) as page:
+        assert page.status == 200, "the cluster outlives the job"
