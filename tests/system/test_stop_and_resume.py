@@ -8,7 +8,7 @@ from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
 from tests.launch import LiveRun, deltal
 
-STEPS = 40
+STEPS = 24
 PLAIN = (f"run.steps={STEPS}", "learner.checkpoint_every=100", "evaluation.data=null", "run.export=false")
 
 

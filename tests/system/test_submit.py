@@ -1,8 +1,8 @@
 """`deltal submit`: the run as a Ray job on a cluster that was there before and stays afterwards."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch import TINY, deltal
@@ -46,8 +47,11 @@ def cluster(tmp_path: Path) -> Iterator[str]:
             assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.3)
     yield address
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(30)
+    tree = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=30)
 
 
 def test_a_submitted_job_trains_and_leaves_its_run_folder(cluster: str, tmp_path: Path):
