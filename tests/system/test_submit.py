@@ -13,7 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
+from deltal.config_file import load_config
+from deltal.run.driver import cluster as local_cluster
+from deltal.run.plan import plan
 from tests.launch import TINY, deltal
 
 
@@ -31,7 +35,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     """A Ray head of our own, ended by its process group and not by `ray stop`, which ends every Ray of the machine."""
     port, dashboard = free_port(), free_port()
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=3",
         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=500000000",
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -67,3 +71,11 @@ def test_a_submitted_job_trains_and_leaves_its_run_folder(cluster: str, tmp_path
     assert deltal("audit", str(runs / "job")).returncode == 0
     with urllib.request.urlopen(urllib.request.Request(cluster), timeout=10) as page:
         assert page.status == 200, "the cluster outlives the job"
+
+
+def test_a_local_run_starts_a_ray_of_its_own_beside_another_cluster(cluster: str):
+    config = load_config(TINY)
+    with local_cluster(None, plan(config)) as address:
+        assert address.startswith("127.0.0.1:")
+        assert len(ray.nodes()) == 1
+        assert ray.cluster_resources()["CPU"] == os.cpu_count(), "not the three CPUs of the head beside it"

@@ -40,7 +40,7 @@ def drive(
     Raises RunInUseError, AddressError, and ActorLostError when the Controller died more often than allowed.
     """
     token = os.environ.get("DELTAL_TOKEN") or None
-    with FolderLock(folder, beat=config.run.heartbeat_seconds, on_loss=_lost_folder), _cluster(address, plan) as where:
+    with FolderLock(folder, beat=config.run.heartbeat_seconds, on_loss=_lost_folder), cluster(address, plan) as where:
         place = {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)}
         folder.write_json("cluster.json", place | {"auth": os.environ.get("RAY_AUTH_MODE")})
         for life in range(config.run.max_resumes + 1):
@@ -68,7 +68,7 @@ def actor_name(folder: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
+def cluster(address: str | None, plan: Plan) -> Iterator[str]:
     """A local Ray, or a connection to the one at `address`; yields its address."""
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -77,8 +77,13 @@ def _cluster(address: str | None, plan: Plan) -> Iterator[str]:
         if address is None:
             store = int((sum(plan.object_store_gib.values()) + 0.5) * GIB)
             with loopback_kept():
+                # `local`, or Ray would join any cluster that runs on this machine.
                 context = ray.init(
-                    **quiet, include_dashboard=False, object_store_memory=store, _node_ip_address="127.0.0.1"
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=store,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
                 )
         else:
             require_answer(address)
