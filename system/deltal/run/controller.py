@@ -60,7 +60,7 @@ class Controller:
         self._config, self._folder, self._token = config, RunFolder(folder), token
         self._observer = Observer(config, self._folder)
         self._paused = self._is_admitting = False
-        self._stop, self._issuing = asyncio.Event(), asyncio.Lock()
+        self._stop, self._issuing, self._slots_may_be_free = asyncio.Event(), asyncio.Lock(), asyncio.Event()
         self._evaluation: Evaluation | None = None
 
     # --- what others call -------------------------------------------------------------------------
@@ -114,6 +114,7 @@ class Controller:
 
     async def report_step(self, row: dict[str, Any]) -> None:
         """Take the row of a finished step from learner rank 0 and append it to metrics.jsonl."""
+        self._slots_may_be_free.set()
         self._observer.take_row(row)
         await asyncio.to_thread(self._folder.append_rows, "metrics.jsonl", [row])
 
@@ -130,7 +131,7 @@ class Controller:
         loops = [
             asyncio.create_task(self._forever(observer.look, 1.0)),
             asyncio.create_task(self._forever(self._reconcile, self._config.replay.lease_seconds)),
-            asyncio.create_task(self._forever(self._admit, 0.1)),
+            asyncio.create_task(self._forever(self._admit, 0.0)),
         ]
         try:
             if self._held_out and not observer.evaluations:
@@ -190,6 +191,7 @@ class Controller:
         evaluated = self._observer.policy_version
         during: asyncio.Task[None] | None = None
         self._is_admitting = True
+        self._slots_may_be_free.set()
         while not learner.done():
             await self._unless_stopped(asyncio.wait([learner], timeout=0.5))
             version = self._observer.policy_version
@@ -267,7 +269,13 @@ class Controller:
             await asyncio.sleep(period)
 
     async def _admit(self) -> None:
-        """Issue groups while there are slots: journal first, then the prompt queue."""
+        """Issue groups while there are slots: journal first, then the prompt queue.
+
+        Looks after each step, which frees slots, and each second, since filtering and eviction free some too.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._slots_may_be_free.wait(), 1.0)
+        self._slots_may_be_free.clear()
         is_open = self._is_admitting and not self._paused and not self._stop.is_set()
         if not is_open:
             return

@@ -27,7 +27,7 @@ from deltal.run.plan import Plan
 
 NAMESPACE = "deltal"
 GIB = 2**30
-MEMORY_SECONDS = 15.0
+MEMORY_SECONDS = 30.0
 """Between two looks at the memory of the whole process tree."""
 Status = dict[str, Any]
 
