@@ -43,12 +43,6 @@ class AddressError(UserError):
     """No Ray cluster answers at the address."""
 
 
-class AnswerNoError(DeltalError):
-    """The command worked and its answer is no: an audit failed, a job failed."""
-
-    exit_code = 1
-
-
 class DeadlineError(DeltalError):
     """A wait was over before what it waited for came; names the wait."""
 

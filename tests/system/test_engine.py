@@ -1,5 +1,6 @@
 """Real vLLM in this process samples what transformers says of the same weights, before and after updates."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def engine(model: torch.nn.Module) -> vllm_engine.VllmEngine:
+def engine(model: torch.nn.Module) -> Iterator[vllm_engine.VllmEngine]:
     created = vllm_engine.create(prepare(RandomModel()), RolloutConfig(max_sequences=16), max_model_len=256, seed=1)
     created.load(0, [shard_of(model)])
-    return created
+    yield created
+    # vLLM made a process group in this process; later tests make theirs.
+    torch.distributed.destroy_process_group()
 
 
 def shard_of(model: torch.nn.Module) -> dict[str, Any]:

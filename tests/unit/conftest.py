@@ -28,9 +28,9 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
-    """A world of one process."""
+    """A world of one process; ended with the module, since an engine in this process makes one of its own."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -111,6 +111,7 @@ def test_every_sample_file_loads() -> None:
         "gsm8k_train.jsonl": 64,
         "gsm8k_test.jsonl": 32,
         "countdown_train.jsonl": 64,
+        "countdown_test.jsonl": 32,
         "math_train.jsonl": 32,
         "math500_test.jsonl": 16,
     }

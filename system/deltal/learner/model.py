@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -157,12 +156,3 @@ def copy_tokenizer(source: str, target: Path) -> None:
     settings = Path(source) / "generation_config.json"
     if settings.exists():
         shutil.copy(settings, target / settings.name)
-
-
-def shape_of(folder: str) -> dict[str, Any]:
-    """config.json of a local folder. Raises ModelError when it is missing."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ModelError(f"{folder} has no config.json")
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
