@@ -27,8 +27,10 @@ def engine(model: torch.nn.Module) -> Iterator[vllm_engine.VllmEngine]:
     created = vllm_engine.create(prepare(RandomModel()), RolloutConfig(max_sequences=16), max_model_len=256, seed=1)
     created.load(0, [shard_of(model)])
     yield created
-    # vLLM made a process group in this process; later tests make theirs.
-    torch.distributed.destroy_process_group()
+    # vLLM made process groups in this process; later tests make theirs.
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def shard_of(model: torch.nn.Module) -> dict[str, Any]:
