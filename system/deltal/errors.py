@@ -65,3 +65,14 @@ class LearnerError(DeltalError):
 
 class ActorLostError(DeltalError):
     """An actor died more often than the supervisor may restart it."""
+
+
+def one_line(error: BaseException, *, line: int | None = None) -> str:
+    """An error's text as one line: all of it, or only its first (0) or last (-1) non-empty line, cut at 300 characters.
+
+    The class's name when the error has no text.
+    """
+    if line is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return (lines[line] if lines else type(error).__name__)[:300]

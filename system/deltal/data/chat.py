@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltal.config import ChatConfig
-from deltal.errors import DataError, ModelError
+from deltal.errors import DataError, ModelError, one_line
 from deltal.types import Message, Prompt
 
 CHATML_END = "<|im_end|>"
@@ -31,7 +31,7 @@ class Chat:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError … for one and the same cause
-            raise ModelError(f"no tokenizer can be loaded from {tokenizer_folder!r}: {_one_line(error)}") from error
+            raise ModelError(f"no tokenizer can be loaded from {tokenizer_folder!r}: {one_line(error)}") from error
         self._folder = tokenizer_folder
         self._settings = settings
         self._plain = _without_special_tokens(self._tokenizer)
@@ -82,7 +82,7 @@ class Chat:
                 tokenize=False,
             )
         except Exception as error:  # jinja2's errors, and whatever an expression inside the template raises
-            raise DataError(f"chat template fails on prompt {prompt_id!r}: {_one_line(error)}") from error
+            raise DataError(f"chat template fails on prompt {prompt_id!r}: {one_line(error)}") from error
         return str(rendered)
 
     def _start_tokens(self) -> list[int]:
@@ -141,9 +141,5 @@ def _generation_eos(folder: Path) -> set[int | None]:
     try:
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"{file} is no JSON object: {_one_line(error)}") from error
+        raise ModelError(f"{file} is no JSON object: {one_line(error)}") from error
     return set(eos) if isinstance(eos, list) else {eos}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltal.config import HfData, JsonlData, ParquetData
 from deltal.data.locate import locate
-from deltal.errors import DataError
+from deltal.errors import DataError, one_line
 
 Row = dict[str, Any]
 
@@ -25,7 +25,7 @@ def jsonl_rows(config: JsonlData) -> Iterator[Row]:
                 if line.strip():
                     yield _json_object(line, f"{place}:{number}")
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{place} cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{place} cannot be read: {one_line(error)}") from error
 
 
 def parquet_rows(config: ParquetData) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def parquet_rows(config: ParquetData) -> Iterator[Row]:
             for records in pyarrow.parquet.ParquetFile(file).iter_batches():
                 yield from records.to_pylist()
     except (OSError, ImportError, ValueError) as error:  # pyarrow's errors are OSError and ValueError
-        raise DataError(f"{place} cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{place} cannot be read: {one_line(error)}") from error
 
 
 def hf_rows(config: HfData) -> Iterator[Row]:
@@ -58,7 +58,7 @@ def hf_rows(config: HfData) -> Iterator[Row]:
         else:
             loaded = datasets.load_dataset(config.name, config.subset, split=config.split)
     except Exception as error:  # datasets raises its own, requests', OSError and ValueError alike
-        raise DataError(f"data set {config.name!r} ({config.split}) cannot be loaded: {_one_line(error)}") from error
+        raise DataError(f"data set {config.name!r} ({config.split}) cannot be loaded: {one_line(error)}") from error
     for row in loaded:
         yield dict(row)
 
@@ -67,7 +67,7 @@ def _json_object(line: bytes, place: str) -> Row:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: no JSON: {_one_line(error)}") from error
+        raise DataError(f"{place}: no JSON: {one_line(error)}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: a {type(row).__name__} where a JSON object was expected")
     return row
@@ -75,7 +75,3 @@ def _json_object(line: bytes, place: str) -> Row:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

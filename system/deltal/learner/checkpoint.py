@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from deltal.errors import LearnerError
+from deltal.errors import LearnerError, one_line
 
 # torch's own is no Exception but a BaseException.
 UNREADABLE = (Exception, CheckpointException)
@@ -62,7 +62,7 @@ class Checkpoints:
         try:
             dcp_save({"model": weights, "optimizer": moments}, storage_writer=self._storage(version, writing=True))
         except UNREADABLE as error:
-            raise LearnerError(f"checkpoint {where} could not be written: {_one_line(error)}") from error
+            raise LearnerError(f"checkpoint {where} could not be written: {one_line(error, line=-1)}") from error
         if dist.get_rank() == 0:
             complete = {"version": version, "ranks": dist.get_world_size(), "at": time.time(), **extra}
             self._fs.pipe_file(f"{where}/complete.json", json.dumps(complete).encode())
@@ -86,7 +86,7 @@ class Checkpoints:
                 dcp_load({"model": weights, "optimizer": moments}, storage_reader=self._storage(version, writing=False))
             except UNREADABLE as error:
                 # Any reader error means the same here: this checkpoint is of no use, an older one may be.
-                print(f"deltal: checkpoint {where} is damaged and passed over: {_one_line(error)}")  # noqa: T201
+                print(f"deltal: checkpoint {where} is damaged and passed over: {one_line(error, line=-1)}")  # noqa: T201
                 continue
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             return version, extra
@@ -104,7 +104,9 @@ class Checkpoints:
         try:
             dcp_load(state, storage_reader=self._storage(version, writing=False))
         except UNREADABLE as error:
-            raise LearnerError(f"checkpoint {self._path}/{version:08d} is damaged: {_one_line(error)}") from error
+            raise LearnerError(
+                f"checkpoint {self._path}/{version:08d} is damaged: {one_line(error, line=-1)}"
+            ) from error
         model.load_state_dict(state["model"])
 
     def _storage(self, version: int, *, writing: bool) -> Any:
@@ -115,8 +117,3 @@ class Checkpoints:
 
         url = f"{self._folder}/{version:08d}"
         return FsspecWriter(url) if writing else FsspecReader(url)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
-from deltal.errors import ModelError
+from deltal.errors import ModelError, one_line
 
 
 def cache_folder() -> Path:
@@ -57,7 +57,7 @@ def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
     model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
     return model.train()  # type: ignore[no-any-return]
 

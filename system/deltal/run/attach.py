@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from deltal.errors import AddressError, DeadlineError, RunNotFoundError
+from deltal.errors import AddressError, DeadlineError, RunNotFoundError, one_line
 from deltal.run.folder import RunFolder, lock_is_alive
 
 RPC_SECONDS = 30.0
@@ -42,7 +42,7 @@ def controller(folder: RunFolder) -> Iterator[Any]:
     except (AddressError, ConnectionError, ValueError) as error:
         raise RunNotFoundError(
             f"{folder.name} runs on the Ray cluster at {place['address']}, which does not answer from here: "
-            f"{str(error).splitlines()[0]}"
+            f"{one_line(error, line=0)}"
         ) from None
     finally:
         ray.shutdown()

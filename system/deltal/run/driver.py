@@ -20,7 +20,7 @@ import psutil
 import ray
 
 from deltal.config import RunConfig
-from deltal.errors import ActorLostError, AddressError, DeadlineError
+from deltal.errors import ActorLostError, AddressError, DeadlineError, one_line
 from deltal.run.controller import Controller
 from deltal.run.folder import FolderLock, RunFolder
 from deltal.run.plan import Plan
@@ -48,8 +48,10 @@ def drive(
                 return _live(config, folder, token, show, is_local=address is None)
             except ray.exceptions.ActorDiedError as error:
                 if life == config.run.max_resumes:
-                    raise ActorLostError(f"the Controller died {life + 1} times; last: {_one_line(error)}") from None
-                print(f"deltal: the Controller died; resuming the run ({_one_line(error)})", file=sys.stderr)  # noqa: T201
+                    raise ActorLostError(
+                        f"the Controller died {life + 1} times; last: {one_line(error, line=0)}"
+                    ) from None
+                print(f"deltal: the Controller died; resuming the run ({one_line(error, line=0)})", file=sys.stderr)  # noqa: T201
     raise AssertionError("unreachable")
 
 
@@ -90,7 +92,7 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
             context = ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "a local Ray could not be started" if address is None else f"no Ray cluster answers at {address}"
-        raise AddressError(f"{where}: {_one_line(error)}") from None
+        raise AddressError(f"{where}: {one_line(error, line=0)}") from None
     try:
         yield context.address_info["gcs_address"]
     finally:
@@ -191,8 +193,3 @@ def _stop_on_signal(controller: Any) -> Iterator[None]:
 def _lost_folder() -> None:
     print("deltal: another process took the run folder; this one leaves", file=sys.stderr)  # noqa: T201
     os._exit(3)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deltal.config import RunConfig
-from deltal.errors import AddressError, DeadlineError
+from deltal.errors import AddressError, DeadlineError, one_line
 
 START_SECONDS = 60.0
 
@@ -26,7 +26,7 @@ def submit(config: RunConfig, *, address: str, run: str, environment: dict[str, 
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        line = one_line(error, line=0)
         raise AddressError(f"no Ray cluster takes jobs at {address}: {line}") from None
     with tempfile.TemporaryDirectory(prefix="deltal-job-") as folder:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -64,10 +64,7 @@ def _submit(client: Any, **request: Any) -> str:
             return str(client.submit_job(**request))
         except RuntimeError as error:
             if "No available agent" not in str(error):
-                raise AddressError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
+                raise AddressError(f"the cluster refused the job: {one_line(error, line=0)}") from None
             if time.monotonic() > deadline:
                 raise DeadlineError(f"waited {START_SECONDS:.0f} s for the cluster's job agent") from None
             time.sleep(1.0)
-
-
-__all__: Sequence[str] = ("follow", "submit")

@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deltal.config import RunConfig
-from deltal.errors import ActorLostError, DeltalError, ResourceError
+from deltal.errors import ActorLostError, DeltalError, ResourceError, one_line
 from deltal.learner.actor import LearnerRank
 from deltal.policy import PolicyStore
 from deltal.queues.object_queue import ObjectQueue
@@ -255,14 +255,9 @@ class Supervisor:
         if isinstance(cause, DeltalError) and cause.exit_code == 2:
             self._failed(cause)
             return False
-        text = _one_line(cause or error)
+        text = one_line(cause or error, line=-1)
         if len(deaths) > self._config.run.max_restarts:
             self._failed(ActorLostError(f"{name} died, the {len(deaths)}th of its role in 10 minutes: {text}"))
             return False
         self._say(f"{name} died and is replaced: {text}")
         return True
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
