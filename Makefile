@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DELTAL := .venv/bin/deltal
 
-.PHONY: install demo test test-all faults lint format docs clean
+.PHONY: install demo test test-all faults variance-demo bench-rollout bench-sketch lint format docs clean
 .DEFAULT_GOAL := install
 
 install: .venv/installed
@@ -27,6 +27,16 @@ test: install
 
 test-all: install
 	$(PY) -m pytest
+
+# What each aggregation would do to the demo model's real gradients: table, CSV and PNG in build/variance-demo.
+variance-demo: install
+	$(DELTAL) variance configs/demo.yaml --out build/variance-demo
+
+bench-sketch: install
+	$(PY) -m tests.bench.sketch
+
+bench-rollout: install
+	$(PY) -m tests.bench.rollout
 
 faults: install
 	$(PY) -m pytest tests/faults

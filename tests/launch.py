@@ -36,12 +36,16 @@ def deltal(*arguments: str, timeout: float = 120.0, **environment: str) -> subpr
 class LiveRun:
     """A `deltal train` or `deltal resume` under way. Use it as a context manager: nothing outlives it."""
 
-    def __init__(self, root: Path, name: str, *overrides: str, verb: str = "train", config: str = TINY) -> None:
+    def __init__(
+        self, root: Path, name: str, *overrides: str, verb: str = "train", config: str = TINY,
+        begin_from: str | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.name = root, name
         self.folder = RunFolder(str(root / name))
         self.log = root / f"{name}.{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "deltal", verb]
-        command += [config, *overrides, "--run", name] if verb == "train" else [str(root / name)]
+        command += [config, *overrides, "--run", name] if verb == "train" else [str(root / name), *overrides]
+        command += ["--from", begin_from] if begin_from else []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command,

@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: strict keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from deltal.config_algorithm import AlgorithmConfig
+from deltal.config_base import Fraction, NonNegative, Positive, Settings
+from deltal.config_lora import LoraConfig, NoLora
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -141,72 +134,6 @@ class ChatConfig(Settings):
     max_prompt_tokens: Positive = Field(512, description="longer prompts are skipped, counted and reported")
 
 
-# --- algorithm -----------------------------------------------------------------------------------
-
-
-class DeltaL(Settings):
-    """ΔL Normalization (arXiv 2509.07558): c_i = L_i^-α / (M Σ L_j^-α)."""
-
-    kind: Literal["delta_l"] = "delta_l"
-    alpha: float = Field(
-        1.0, ge=0.0, description="1 minimises variance when Var(g_i) grows as L_i; paper: 0.75 for Math"
-    )
-
-
-class DrGrpo(Settings):
-    """Dr. GRPO: c_i = 1 / (B M)."""
-
-    kind: Literal["dr_grpo"] = "dr_grpo"
-
-
-class Grpo(Settings):
-    """GRPO: c_i = 1 / (B L_i); biased."""
-
-    kind: Literal["grpo"] = "grpo"
-
-
-class Dapo(Settings):
-    """DAPO: c_i = 1 / Σ L_j; biased."""
-
-    kind: Literal["dapo"] = "dapo"
-
-
-AggregationConfig = Annotated[DeltaL | DrGrpo | Grpo | Dapo, Field(discriminator="kind")]
-
-
-class PpoClip(Settings):
-    """PPO's clipped surrogate with separate bounds (DAPO's clip-higher)."""
-
-    kind: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(0.3, gt=0.0, description="ratio is clipped above 1 + clip_high")
-
-
-class Reinforce(Settings):
-    """Plain policy gradient: -A · log π."""
-
-    kind: Literal["reinforce"] = "reinforce"
-
-
-ObjectiveConfig = Annotated[PpoClip | Reinforce, Field(discriminator="kind")]
-
-
-class AlgorithmConfig(Settings):
-    """From rewards and lengths to the loss."""
-
-    aggregation: AggregationConfig = Field(
-        default_factory=lambda: DeltaL(), description="lengths to token coefficients"
-    )
-    advantage: Literal["grpo", "grpo_no_std"] = Field(
-        "grpo_no_std", description="reward minus the group's mean, divided by its std or not"
-    )
-    objective: ObjectiveConfig = Field(default_factory=lambda: PpoClip(), description="per-token loss")
-    importance_cap: float | None = Field(
-        2.0, gt=0.0, description="exp(proximal - old) is truncated here; None: no importance weight"
-    )
-    mini_batches: Positive = Field(1, description="optimizer steps on one batch")
-
-
 # --- rooms ---------------------------------------------------------------------------------------
 
 
@@ -237,9 +164,13 @@ class VerifyConfig(Settings):
     processes: Positive = Field(1, description="sandboxed worker processes of one Verifier")
     timeout: float = Field(10.0, gt=0.0, description="seconds one verdict may take")
     memory_mib: Positive = Field(1024, description="address space of a verifying process")
-    overlong: Literal["wrong", "verify", "filter"] = Field(
+    overlong: Literal["wrong", "verify", "filter", "soft"] = Field(
         "wrong",
-        description="a response that met the length limit: reward 0; verified all the same; left out of the loss",
+        description="a response that met the length limit. wrong: reward 0; verify: verified all the same; filter: "
+        "left out of the loss; soft: verified, and the closer to the limit, the less reward, down to -1",
+    )
+    overlong_cache_tokens: Positive = Field(
+        256, description="overlong soft: the reward falls over so many tokens before the limit; DAPO: a fifth of it"
     )
     num_cpus: Fraction = Field(0.05, description="Ray CPUs of one Verifier")
 
@@ -286,14 +217,21 @@ class LearnerConfig(Settings):
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="learning rate over steps")
     max_grad_norm: float = Field(1.0, gt=0.0, description="clip norm of the reduced gradient, once a step")
     micro_batch_tokens: Positive = Field(512, description="token budget of one forward")
+    logit_chunk_tokens: Positive = Field(
+        512, description="logits of a forward that trains no more tokens are kept for backward; else they are made anew"
+    )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 on GPU; master weights stay float32"
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, more time"
     )
+    cpu_offload: bool = Field(
+        False, description="on GPU: weights, gradients and optimizer state wait in the machine's memory, for more time"
+    )
+    lora: LoraConfig = Field(default_factory=lambda: NoLora(), description="train all weights, or adapters only")
     checkpoint_every: Positive = Field(10, description="steps between checkpoints; one more at the end")
-    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best evaluated one stays as well")
     max_skipped: Positive = Field(3, description="non-finite steps in a row before the run stops")
     threads: Positive = Field(1, description="torch threads of one rank")
     num_cpus: Fraction = Field(1.0, description="Ray CPUs of one rank")
@@ -303,6 +241,12 @@ class LearnerConfig(Settings):
         1800.0, gt=0.0, description="seconds the learner waits for a batch before the run fails"
     )
 
+    @model_validator(mode="after")
+    def _offload_is_from_a_gpu(self) -> LearnerConfig:
+        if self.cpu_offload and self.num_gpus == 0:
+            raise ValueError("cpu_offload moves state from a GPU into the machine's memory: it needs num_gpus above 0")
+        return self
+
 
 class EvaluationConfig(Settings):
     """Held-out evaluation by the same fleet."""
@@ -311,8 +255,15 @@ class EvaluationConfig(Settings):
     prompts: Positive = Field(200, description="most prompts used, in their order")
     responses_per_prompt: Positive = Field(1, description="k of avg@k")
     temperature: float | None = Field(None, description="None: the rollout's")
-    every: NonNegative = Field(0, description="steps between evaluations during training; 0: only before and after")
+    every: NonNegative = Field(
+        0, description="steps between evaluations during training, each with a checkpoint; 0: only before and after"
+    )
     deadline: float = Field(3600.0, gt=0.0, description="seconds one evaluation may take")
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints made for evaluations; 0: none."""
+        return self.every if self.data is not None else 0
 
 
 class MonitorConfig(Settings):
@@ -337,6 +288,9 @@ class RunSettings(Settings):
     max_restarts: Positive = Field(10, description="deaths of one role the supervisor heals before the run fails")
     heartbeat_seconds: float = Field(2.0, gt=0.0, description="of the run folder's lock; it ends after 10 missed beats")
     export: bool = Field(True, description="write a Hugging Face folder at the end")
+    forked_from: str | None = Field(
+        None, description="RUN:VERSION whose weights it began from; written by `train --from`, not by hand"
+    )
 
 
 class RunConfig(Settings):
@@ -357,11 +311,21 @@ class RunConfig(Settings):
     monitor: MonitorConfig = Field(default_factory=lambda: MonitorConfig(), description="metrics and the live page")
 
     @model_validator(mode="after")
-    def _one_engine_holds_a_group(self) -> RunConfig:
+    def _rooms_fit_each_other(self) -> RunConfig:
         if self.rollout.responses_per_prompt > self.rollout.max_sequences:
             raise ValueError(
                 f"rollout.responses_per_prompt = {self.rollout.responses_per_prompt} is above rollout.max_sequences "
                 f"= {self.rollout.max_sequences}: a group must fit into one engine"
+            )
+        if self.verify.overlong == "soft" and self.verify.overlong_cache_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"verify.overlong_cache_tokens = {self.verify.overlong_cache_tokens} is above "
+                f"rollout.max_response_tokens = {self.rollout.max_response_tokens}"
+            )
+        if self.verify.overlong == "soft" and self.algorithm.advantage == "max_rl":
+            raise ValueError(
+                "algorithm.advantage max_rl takes no negative rewards, and verify.overlong soft gives some: choose "
+                "another of the two"
             )
         if self.algorithm.mini_batches > self.replay.prompts_per_batch * self.rollout.responses_per_prompt:
             raise ValueError(

@@ -1,5 +1,6 @@
 """kill -9 of each part while a real run goes on: it goes on or is resumed, and every group is trained once."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from deltal.learner.redo import redo
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
-from tests.launch import LiveRun
+from tests.launch import LiveRun, deltal
 
 STEPS, BATCH = 16, 4
 SLOWER = (f"run.steps={STEPS}", "learner.checkpoint_every=4", "evaluation.data=null", "run.export=false")
@@ -19,6 +21,15 @@ def batches(run: LiveRun) -> list[tuple[Any, ...]]:
     """Batch records of the journal, in order."""
     records = Journal(run.folder.path("journal")).read()
     return [record.ids for record in records if isinstance(record, BatchFormed)]
+
+
+def undisturbed(run: LiveRun, folder: Path) -> str:
+    """Digest of the weights to which the recorded batches lead a learner that nothing disturbs, from start to end."""
+    journal, named = Journal(run.folder.path("journal")), batches(run)
+    list(journal.read())  # Now it knows where each group is.
+    nowhere = str(folder / "no-checkpoints")
+    redone = redo(run.folder.config(), nowhere, STEPS - 1, lambda v: journal.find(named[v]), lambda done, of: None)
+    return redone.digest
 
 
 def assert_trained_once(run: LiveRun) -> None:
@@ -68,6 +79,7 @@ def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batche
             # The same weights, batch and number of ranks: the same loss and gradient, to the last bit.
             assert row["loss"] == first[row["step"]]["loss"]
             assert row["grad_norm"] == first[row["step"]]["grad_norm"]
+        assert run.rows()[-1]["digest"] == undisturbed(run, tmp_path)
 
 
 def test_the_driver_resumes_a_run_whose_controller_died(tmp_path: Path):
@@ -88,3 +100,8 @@ def test_a_run_is_resumed_after_everything_was_killed(tmp_path: Path):
         again.end()
         assert batches(again)[: len(before)] == before
         assert_trained_once(again)
+        assert again.rows()[-1]["digest"] == undisturbed(again, tmp_path), "to the last bit"
+    replayed = deltal("replay", str(tmp_path / "run"), "3", "--json")
+    assert replayed.returncode == 0, replayed.stderr
+    facts = json.loads(replayed.stdout)
+    assert facts["difference"] == {"loss": 0.0, "grad_norm": 0.0}

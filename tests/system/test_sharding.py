@@ -1,4 +1,4 @@
-"""K ranks of FSDP2 over gloo give the summed gradient of one rank, and publish the same weights."""
+"""K ranks of FSDP2 over gloo give the summed gradient of one rank and the same update, whatever the token budget."""
 
 import multiprocessing
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deltal.algorithm import AGGREGATIONS
 from deltal.config import RandomModel, RunConfig
-from deltal.config_file import resolve
+from deltal.config_file import load_config, resolve
 from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, shard
@@ -17,6 +18,16 @@ from tests.unit.builders import scored
 
 LIMIT = 1e-5
 """Largest ‖Δg‖ / ‖g‖ between shardings (design, numeric rule 6)."""
+
+Case = tuple[str, int]
+"""Aggregation and token budget."""
+RATE = 1e5
+"""Of gradient descent: the change must be far above the weights' own rounding."""
+DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+MODELS: dict[str, Any] = {
+    "tiny": RandomModel(),
+    "smollm2": load_config(DEMO).model,
+}
 
 
 def settings(method: str) -> RunConfig:
@@ -30,48 +41,68 @@ def settings(method: str) -> RunConfig:
     )
 
 
-def gradient(rank: int, ranks: int, meeting: str, method: str, budget: int, target: str) -> None:
-    """One rank's part; rank 0 saves the full gradient."""
+def steps(rank: int, ranks: int, meeting: str, model_name: str, cases: list[Case], target: str) -> None:
+    """One rank's part of all cases; rank 0 saves each one's full gradient, and its change of the weights by SGD."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
-    model = shard(load(prepare(RandomModel())), compute_dtype=torch.float32, device="cpu")
-    config = settings(method)
+    model = shard(load(prepare(MODELS[model_name])), compute_dtype=torch.float32, device="cpu")
     groups = [
         scored(i, rewards=[float((i + r) % 3 == 0) for r in range(4)], lengths=[3 + 7 * r + i for r in range(4)])
-        for i in range(6)
+        for i in range(6 if model_name == "tiny" else 3)
     ]
-    batch = assemble(0, groups, config)
-    micros = pack(mini_batches(batch, count=1, seed=0)[0], budget=budget, ranks=ranks)[rank]
-    accumulate(model, micros, [None] * len(micros), config.algorithm, temperature=1.0, version=0, sums=StepSums())
-    full: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        grad: Any = parameter.grad
-        full[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    made = {}
+    for method, budget in cases:
+        config = settings(method)
+        model.zero_grad()
+        micros = pack(mini_batches(assemble(0, groups, config), count=1, seed=0)[0], budget=budget, ranks=ranks)[rank]
+        accumulate(model, micros, [None] * len(micros), config.algorithm, temperature=1.0, version=0, sums=StepSums())
+        gradient = [whole(parameter.grad) for parameter in model.parameters()]
+        own = [parameter.detach().clone() for parameter in model.parameters()]
+        before = [whole(parameter) for parameter in own]
+        torch.optim.SGD(model.parameters(), lr=RATE).step()
+        change = [whole(p.detach()) - start for p, start in zip(model.parameters(), before, strict=True)]
+        with torch.no_grad():
+            for parameter, start in zip(model.parameters(), own, strict=True):
+                parameter.copy_(start)
+        made[method, budget] = [torch.cat([part.flatten() for part in parts]) for parts in (gradient, change)]
     if rank == 0:
-        torch.save(full, target)
+        torch.save(made, target)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def gradient_of(ranks: int, method: str, budget: int, folder: Path) -> torch.Tensor:
-    """The summed gradient with `ranks` processes, as one vector."""
-    target = folder / f"{ranks}-{method}-{budget}.pt"
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def steps_of(ranks: int, model: str, cases: list[Case], folder: Path) -> dict[Case, list[torch.Tensor]]:
+    """Summed gradient and update of each case with `ranks` processes, each as one vector."""
+    target = folder / f"{ranks}.pt"
     context = multiprocessing.get_context("spawn")
-    arguments = (ranks, str(folder / f"meet-{target.name}"), method, budget, str(target))
-    processes = [context.Process(target=gradient, args=(rank, *arguments)) for rank in range(ranks)]
+    arguments = (ranks, str(folder / f"meet-{ranks}"), model, cases, str(target))
+    processes = [context.Process(target=steps, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
-    return torch.cat([grad.flatten() for grad in torch.load(target).values()])
+    made: dict[Case, list[torch.Tensor]] = torch.load(target)
+    return made
 
 
-@pytest.mark.parametrize("method", ["delta_l", "dapo"])
-def test_update_does_not_depend_on_sharding(method: str, tmp_path: Path):
-    prepare(RandomModel())
-    one = gradient_of(1, method, 4096, tmp_path)
-    assert float(one.norm()) > 0
-    for ranks, budget in ((2, 64), (3, 128)):
-        several = gradient_of(ranks, method, budget, tmp_path)
-        assert float((several - one).norm() / one.norm()) <= LIMIT, (ranks, budget)
+def difference(several: torch.Tensor, one: torch.Tensor) -> float:
+    return float((several - one).norm() / one.norm())
+
+
+@pytest.mark.parametrize(("model", "methods"), [("tiny", sorted(AGGREGATIONS)), ("smollm2", ["delta_l"])])
+def test_update_does_not_depend_on_sharding(model: str, methods: list[str], tmp_path: Path):
+    prepare(MODELS[model])
+    whole_row, packed, alone = 4096, 80, 1  # a budget of one token packs nothing: every response rides alone
+    for ranks in (1, 2, 3):
+        made = steps_of(ranks, model, [(m, b) for m in methods for b in (whole_row, packed, alone)], tmp_path)
+        if ranks == 1:
+            right = {method: made[method, whole_row] for method in methods}
+        for (method, budget), (gradient, change) in made.items():
+            assert float(right[method][0].norm()) > 0
+            assert difference(gradient, right[method][0]) <= LIMIT, (ranks, method, budget)
+            assert difference(change, right[method][1]) <= LIMIT, (ranks, method, budget)

@@ -49,13 +49,12 @@ def test_two_ranks_train_and_one_rank_resumes_their_checkpoint(tmp_path: Path):
         summary = run.end()
         assert summary["state"] == "stopped"
         assert summary["workers"]["learner"] == 0 or summary["policy_version"] >= 3
-    config = run.folder.config()
-    one = config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": 1})})
-    run.folder.write_config(one)
-    with LiveRun(tmp_path, "run", verb="resume") as again:
-        assert again.end()["policy_version"] == STEPS
+    with LiveRun(tmp_path, "run", "learner.ranks=1", f"run.steps={STEPS + 1}", verb="resume") as again:
+        assert again.end()["policy_version"] == STEPS + 1
+        assert again.folder.config().learner.ranks == 1
+        assert again.folder.exists("config.1.yaml"), "the settings before are kept"
         named = trained(again)
-        assert len(named) == len(set(named)) == 4 * STEPS
+        assert len(named) == len(set(named)) == 4 * (STEPS + 1)
         again.audit()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltal.algorithm import AGGREGATIONS, advantages, token_coefficients
-from deltal.learner.batch import Item, PackedMicroBatch, assemble, mini_batches, pack
+from deltal.learner.batch import Item, PackedMicroBatch, assemble, coefficients, mini_batches, pack
 from deltal.learner.step import forward
 from deltal.types import Batch, Response, ScoredGroup, Span
 from tests.unit.builders import numbered, run_config, scored, tiny_model
@@ -98,11 +99,23 @@ def test_the_comparison_would_notice_a_response_that_sees_another(model: torch.n
     (micro,) = pack(items_of(groups), budget=4096, ranks=1)[0]
     for wrong in (
         dataclasses.replace(micro, branch=torch.zeros_like(micro.branch)),
-        dataclasses.replace(micro, segment=torch.zeros_like(micro.segment)),
+        dataclasses.replace(micro, branch=micro.branch.clamp(max=1)),
         dataclasses.replace(micro, positions=torch.arange(len(micro.positions))),
     ):
         got = packed(model, [wrong], 1.0)
         assert max(abs(got[number] - logprob) for number, logprob in expected.items()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [1, 30, 4096])
+def test_attention_block_by_block_is_attention_under_the_mask(model: Any, budget: int) -> None:
+    """The second is how transformers' own sdpa computes it, here and on a GPU."""
+    for micro in pack(items_of(mixed_groups()), budget=budget, ranks=1)[0]:
+        by_mask = model.model(
+            input_ids=micro.tokens[None], position_ids=micro.positions[None], attention_mask=micro.attention_mask()
+        ).last_hidden_state[0, micro.predict_at]
+        expected = torch.log_softmax(model.lm_head(by_mask), -1).gather(-1, micro.target[:, None])[:, 0]
+        torch.testing.assert_close(forward(model, micro, 1.0)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -138,25 +151,25 @@ def batches(draw: st.DrawFn) -> tuple[list[ScoredGroup], list[tuple[float, float
     return numbered(groups), draw(st.lists(numbers, min_size=responses, max_size=responses))
 
 
-Told = dict[float, tuple[int, float, float, int]]
+Told = dict[float, tuple[int, float, float, int, int]]
 
 
 def told(micros: Sequence[PackedMicroBatch]) -> Told:
-    """Number of every trained token to its target, advantage, coefficient and version; a second one is an error."""
+    """Number of every trained token to its target, advantage, coefficient, version and response; no token twice."""
     found: Told = {}
     for micro in micros:
-        columns = (micro.old_logprob, micro.target, micro.advantage, micro.coefficient, micro.version)
+        columns = (micro.old_logprob, micro.target, micro.advantage, micro.coefficient, micro.version, micro.place)
         for number, *rest in zip(*(column.tolist() for column in columns), strict=True):
             assert number not in found, "trained twice"
             found[number] = tuple(rest)  # type: ignore[assignment]
     return found
 
 
-def expected_of(items: Sequence[Item]) -> Told:
+def expected_of(items: Sequence[Item], *, keep_all: bool = False) -> Told:
     return {
-        float(number): (int(token), item.advantage, item.coefficient, item.response.spans[0].version)
+        float(number): (int(token), item.advantage, item.coefficient, item.response.spans[0].version, item.place)
         for item in items
-        if item.advantage != 0.0 and item.coefficient != 0.0
+        if item.coefficient != 0.0 and (keep_all or item.advantage != 0.0)
         for number, token, own in zip(item.response.logprobs, item.response.tokens, item.response.mask, strict=True)
         if own
     }
@@ -170,6 +183,16 @@ def test_every_trained_token_is_in_one_row_of_one_rank_whatever_budget_and_ranks
     items = items_of(*batch)
     shares = pack(items, budget=budget, ranks=ranks)
     assert told([micro for share in shares for micro in share]) == expected_of(items)
+
+
+@settings(max_examples=40)
+@given(batches(), st.integers(1, 70), st.integers(1, 5))
+def test_with_kl_or_entropy_responses_without_advantage_are_trained_too(
+    batch: tuple[list[ScoredGroup], list[tuple[float, float]]], budget: int, ranks: int
+) -> None:
+    items = items_of(*batch)
+    shares = pack(items, budget=budget, ranks=ranks, keep_all=True)
+    assert told([micro for share in shares for micro in share]) == expected_of(items, keep_all=True)
 
 
 @settings(max_examples=40)
@@ -194,6 +217,20 @@ def test_a_row_keeps_the_budget_or_holds_one_response_alone(
         if len(micro.tokens) > budget:
             assert int(micro.segment.max()) == 0
             assert int(micro.branch.max()) <= 1
+
+
+@settings(max_examples=40)
+@given(batches(), st.integers(1, 70))
+def test_segments_say_the_same_as_the_mask(
+    batch: tuple[list[ScoredGroup], list[tuple[float, float]]], budget: int
+) -> None:
+    for micro in pack(items_of(*batch), budget=budget, ranks=1)[0]:
+        seen = torch.zeros(len(micro.tokens), len(micro.tokens), dtype=torch.int64)
+        for segment in micro.segments():
+            for rows, columns, causal in segment.blocks():
+                block = torch.ones_like(seen[rows, columns])
+                seen[rows, columns] += block.tril() if causal else block
+        assert torch.equal(seen, micro.attention_mask()[0, 0].long())
 
 
 @settings(max_examples=40)
@@ -264,7 +301,7 @@ def some_groups() -> list[ScoredGroup]:
 
 
 def config_of(kind: str = "delta_l", **rooms: Any) -> Any:
-    aggregation = {"kind": kind, "alpha": 0.75} if kind == "delta_l" else {"kind": kind}
+    aggregation = {"kind": kind} | ({"alpha": 0.75} if kind.startswith("delta_l") else {})
     algorithm = {"aggregation": aggregation} | rooms.pop("algorithm", {})
     return run_config(algorithm=algorithm, rollout={"max_response_tokens": 16}, **rooms)
 
@@ -366,3 +403,35 @@ def test_one_mini_batch_is_the_batch_as_it_is() -> None:
     (items,) = mini_batches(batch, count=1, seed=0)
     assert [item.coefficient for item in items] == batch.coefficients.tolist()
     assert [item.place for item in items] == list(range(30))
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(AGGREGATIONS)), st.integers(2, 30), st.integers(0, 9))
+def test_normalized_over_the_mini_batch_each_is_a_batch_of_its_own(kind: str, count: int, empty: int) -> None:
+    config = config_of(kind)
+    batch = large_batch(empty=empty)
+    for part in mini_batches(batch, count=count, seed=3, anew=partial(coefficients, config=config)):
+        lengths = [item.response.length for item in part]
+        expected = (
+            token_coefficients(kind, lengths, max_length=16, alpha=0.75).tolist() if any(lengths) else [0.0] * len(part)
+        )
+        assert [item.coefficient for item in part] == expected
+
+
+def test_a_response_filtered_for_its_length_stays_out_of_a_mini_batch_s_own_coefficients() -> None:
+    config = config_of("dapo", verify={"overlong": "filter"})
+    batch = assemble(0, some_groups(), config)
+    cut = mini_batches(batch, count=2, seed=0, anew=partial(coefficients, config=config))
+    assert sum(item.coefficient == 0.0 for part in cut for item in part) == 2
+    for part in cut:
+        used = [item.response.length for item in part if item.coefficient > 0]
+        assert {item.coefficient for item in part} - {0.0} == {1.0 / sum(used)}
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "grpo", "sequence_sum"])
+def test_over_what_is_normalized_does_not_matter_where_lengths_of_others_do_not(kind: str) -> None:
+    config = config_of(kind)
+    batch = assemble(0, some_groups(), config)
+    cuts = [mini_batches(batch, count=3, seed=1, anew=anew) for anew in (None, partial(coefficients, config=config))]
+    for one, other in zip(*cuts, strict=True):
+        assert [item.coefficient for item in one] == pytest.approx([item.coefficient for item in other], rel=1e-12)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from deltal.config_file import load_config
+from deltal.run.folder import RunFolder
 from tests.launch import TINY, deltal
 
 
@@ -80,6 +82,22 @@ def test_an_address_without_ray_is_named(tmp_path: Path):
 @pytest.mark.parametrize("verb", ["status", "stop", "resume", "audit", "pause"])
 def test_a_run_that_does_not_exist_is_named(verb: str, tmp_path: Path):
     assert "there is no run nowhere" in refused(verb, "nowhere", DELTAL_RUNS=str(tmp_path))
+
+
+def test_a_run_to_replay_or_to_begin_from_that_does_not_exist_is_named(tmp_path: Path):
+    assert "there is no run nowhere" in refused("replay", "nowhere", "1", DELTAL_RUNS=str(tmp_path))
+    assert "there is no run nowhere" in refused("train", TINY, "--from", "nowhere:3", DELTAL_RUNS=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_what_decides_the_training_names_the_key_and_changes_nothing(tmp_path: Path):
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.make()
+    folder.write_config(load_config(TINY))
+    for override, key in (("rollout.temperature=0.5", "rollout.temperature"), ("model.seed=9", "model.seed")):
+        assert f"{key} = " in refused("resume", "run", override, DELTAL_RUNS=str(tmp_path))
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert folder.config() == load_config(TINY)
 
 
 def test_scaling_a_run_that_does_not_exist_is_refused(tmp_path: Path):

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from deltal.config import ReplayConfig, RunConfig, Settings
+from deltal import algorithm
+from deltal.config import ReplayConfig, RunConfig
+from deltal.config_algorithm import AlgorithmConfig
+from deltal.config_base import Settings
 from deltal.config_file import explained, load_config, resolve
 from deltal.errors import ConfigError
 from tests.unit.builders import run_config
@@ -105,7 +108,10 @@ def test_a_missing_key_is_named() -> None:
 
 def test_a_choice_without_its_kind_or_with_another_one_names_the_kinds_there_are() -> None:
     without = refused(PLAIN, "algorithm.aggregation.alpha=0.5")
-    assert without == "here.yaml: algorithm.aggregation: `kind` is missing: name one of delta_l, dr_grpo, grpo, dapo"
+    assert (
+        without
+        == "here.yaml: algorithm.aggregation: `kind` is missing: name one of delta_l, dr_grpo, grpo, dapo, sequence_sum"
+    )
     unknown = refused(PLAIN, "algorithm.aggregation.kind=grop")
     assert "algorithm.aggregation" in unknown
     assert all(kind in unknown for kind in ("'grop'", "delta_l", "dr_grpo", "grpo", "dapo"))
@@ -142,6 +148,63 @@ def test_a_group_larger_than_an_engine_and_more_mini_batches_than_responses_are_
     assert "algorithm.mini_batches = 9" in refused(PLAIN, *too_many)
 
 
+def test_a_soft_punishment_that_begins_before_the_first_token_is_refused() -> None:
+    soft = ("verify.overlong=soft", "rollout.max_response_tokens=200")
+    assert "overlong_cache_tokens = 256 is above rollout.max_response_tokens = 200" in refused(PLAIN, *soft)
+    assert resolve(PLAIN, [*soft, "verify.overlong_cache_tokens=200"]).verify.overlong == "soft"
+    assert resolve(PLAIN, ["rollout.max_response_tokens=200"]).verify.overlong == "wrong"
+
+
+def test_negative_rewards_and_an_advantage_that_takes_none_are_refused_together() -> None:
+    assert "max_rl takes no negative rewards" in refused(PLAIN, "verify.overlong=soft", "algorithm.advantage=max_rl")
+
+
+@pytest.mark.parametrize(
+    ("setting", "registry"),
+    [
+        ("aggregation", "AGGREGATIONS"), ("objective", "OBJECTIVES"), ("importance", "IMPORTANCE"), ("kl", "KL_TERMS"),
+        ("advantage", "ADVANTAGES"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_the_algorithm_has_its_function_and_its_settings(setting: str, registry: str) -> None:
+    annotation = AlgorithmConfig.model_fields[setting].annotation
+    named = {model.model_fields["kind"].default for model in models(annotation)} or set(get_args(annotation))
+    assert named - ({"none"} if setting == "kl" else set()) == getattr(algorithm, registry).keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "every_response"),
+    [
+        ((), False),
+        (("algorithm.kl={kind: k1}",), True),
+        (("algorithm.kl={kind: k3, coefficient: 0.04}",), True),
+        (("algorithm.entropy_coefficient=0.01",), True),
+    ],
+)
+def test_responses_without_advantage_are_trained_where_a_term_needs_them(
+    overrides: tuple[str, ...], every_response: bool
+) -> None:
+    chosen = resolve(PLAIN, overrides).algorithm
+    assert chosen.trains_every_response == every_response
+    assert chosen.has_reference == any("kl" in override for override in overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("algorithm.objective={kind: ppo_clip, dual_clip: 1.0}", "algorithm.objective.dual_clip"),
+        ("algorithm.importance={kind: mask, low: 1.5}", "algorithm.importance.low"),
+        ("algorithm.importance={kind: mask, high: 0.5}", "algorithm.importance.high"),
+        ("algorithm.importance={kind: truncate, level: word}", "algorithm.importance.level"),
+        ("algorithm.kl={kind: k1, coefficient: 0}", "algorithm.kl.coefficient"),
+        ("algorithm.entropy_coefficient=-1", "algorithm.entropy_coefficient"),
+        ("verify.overlong_cache_tokens=0", "verify.overlong_cache_tokens"),
+    ],
+)
+def test_a_setting_of_the_algorithm_out_of_its_range_is_refused(override: str, key: str) -> None:
+    assert refused(PLAIN, override).startswith(f"here.yaml: {key}: ")
+
+
 @pytest.mark.parametrize(
     ("override", "room", "key", "value"),
     [
@@ -155,7 +218,7 @@ def test_a_group_larger_than_an_engine_and_more_mini_batches_than_responses_are_
         ("chat.prefill=<think>", "chat", "prefill", "<think>"),
         ("chat.system_prompt='a: b = c'", "chat", "system_prompt", "a: b = c"),
         ("run.name='2026'", "run", "name", "2026"),
-        ("algorithm.importance_cap=null", "algorithm", "importance_cap", None),
+        ("algorithm.entropy_coefficient=1e-2", "algorithm", "entropy_coefficient", 0.01),
         (" run.seed =-3", "run", "seed", -3),
     ],
 )
@@ -185,7 +248,7 @@ def test_an_empty_section_may_be_overridden() -> None:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-@pytest.mark.parametrize("kind", ["delta_l", "dr_grpo", "grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["delta_l", "dr_grpo", "grpo", "dapo", "sequence_sum"])
 def test_the_aggregation_of_every_file_can_be_chosen_by_its_kind_alone(file: Path, kind: str) -> None:
     assert load_config(str(file), [f"algorithm.aggregation.kind={kind}"]).algorithm.aggregation.kind == kind
 

@@ -21,7 +21,7 @@ def test_the_file_is_what_the_code_builds() -> None:
 
 def test_the_rows_are_the_promised_ones() -> None:
     rows = [panel["title"] for panel in PANELS if panel["type"] == "row"]
-    assert rows == ["Training", "Rollout", "Queues and staleness", "Replay ledger", "Learner", "Health"]
+    assert rows == ["Training", "Variance", "Rollout", "Queues and staleness", "Replay ledger", "Learner", "Health"]
 
 
 @pytest.mark.parametrize("panel", CHARTS, ids=lambda panel: panel["title"])

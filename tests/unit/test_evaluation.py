@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from deltal.run.evaluation import Evaluation, mean_interval, paired_gain
+from deltal.run.evaluation import Evaluation, best_of, mean_interval, paired_gain, pass_at, pass_at_k
 from deltal.types import ScoredGroup
 from tests.unit.builders import gid, prompt, run_config, scored
 
@@ -155,3 +158,60 @@ def test_a_result_says_which_versions_its_tokens_came_from() -> None:
     evaluation.take(result(1, 1.0, lengths=(8,), version=5))
     row = evaluation.row()
     assert (row["label"], row["version"], row["versions"], row["response_length"]) == ("during", 3, [3, 5], 6.0)
+
+
+@given(st.integers(1, 8), st.data())
+def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(n: int, data: st.DataObject) -> None:
+    correct, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    responses = [i < correct for i in range(n)]
+    chosen = [any(some) for some in combinations(responses, k)]
+    assert pass_at_k(n, correct, k) == pytest.approx(sum(chosen) / len(chosen), abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    """Over many draws of n = 6 responses of chance 0.3 its mean is 1 - 0.7^k; the naive 1 - (1 - c/n)^k is below."""
+    correct = np.random.default_rng(0).binomial(6, 0.3, 20_000)
+    for k in (1, 2, 4):
+        estimates = np.array([pass_at_k(6, c, k) for c in range(7)])[correct]
+        assert estimates.mean() == pytest.approx(1 - 0.7**k, abs=4 * float(estimates.std()) / 20_000**0.5)
+
+
+@pytest.mark.parametrize(("n", "powers"), [(1, "1"), (2, "1 2"), (3, "1 2"), (4, "1 2 4"), (9, "1 2 4 8")])
+def test_pass_at_k_is_told_for_powers_of_two_up_to_n(n: int, powers: str) -> None:
+    told = pass_at([(n, 1), (n, 0)])
+    assert list(told) == powers.split()
+    values = [entry["value"] for entry in told.values()]
+    assert values == sorted(values)
+    for entry in told.values():
+        low, high = entry["interval_95"]
+        assert 0.0 <= low <= entry["value"] <= high <= 1.0
+
+
+def test_pass_at_1_is_the_accuracy_and_a_prompt_too_long_counts_as_wrong() -> None:
+    evaluation = begun(3, responses_per_prompt=4)
+    for index, rewards in enumerate([(1.0, 0.0, 0.0, 0.0), (), (1.0, 1.0, 1.0, 1.0)]):
+        evaluation.take(result(index, *rewards))
+    row = evaluation.row()
+    assert row["pass_at"]["1"]["value"] == pytest.approx(row["accuracy"]) == pytest.approx(1.25 / 3)
+    assert row["pass_at"]["1"]["interval_95"] == pytest.approx(row["interval_95"])
+    assert row["pass_at"]["4"]["value"] == pytest.approx(2 / 3)
+    assert begun(0).row()["pass_at"] == {}
+
+
+@pytest.mark.parametrize(
+    ("label", "version", "checkpoint"),
+    [("before", 0, None), ("during", 10, 10), ("during", 13, 10), ("during", 20, 20), ("after", 23, 23)],
+)
+def test_an_evaluation_belongs_to_the_checkpoint_that_was_made_for_it(
+    label: str, version: int, checkpoint: int | None
+) -> None:
+    evaluation = Evaluation.of(label, version, [prompt(0)], run_config(evaluation={"every": 10}))
+    assert evaluation.checkpoint == evaluation.row()["checkpoint"] == checkpoint
+
+
+def test_the_best_checkpoint_is_the_earliest_of_the_most_accurate() -> None:
+    rows = [(None, 0.9), (10, 0.5), (20, 0.7), (30, 0.7), (40, None)]
+    told = [{"checkpoint": version, "accuracy": accuracy} for version, accuracy in rows]
+    assert best_of(told) == {"version": 20, "accuracy": 0.7}
+    assert best_of(told[:1]) is best_of([]) is None
+    assert best_of([{"label": "during", "version": 3, "accuracy": 1.0}]) is None, "a row of an older deltal"

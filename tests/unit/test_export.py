@@ -40,7 +40,9 @@ def checkpointed(folder: Path, config: RunConfig, *versions: int) -> dict[int, t
         model(input_ids=TOKENS).logits[..., :7].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        Checkpoints(str(folder), keep=9).save(version, model, optimizer, {})
+        store = Checkpoints(str(folder), keep=9)
+        store.save(version, model, optimizer, {})
+        store.wait()
         found[version] = logits(copy.deepcopy(model).eval())
     return found
 

@@ -263,6 +263,17 @@ def test_settings_are_read_back_equal(folder: RunFolder) -> None:
     assert folder.config() == config
 
 
+def test_settings_that_were_replaced_are_kept(folder: RunFolder) -> None:
+    configs = [run_config(run={"steps": steps}) for steps in (3, 5, 7)]
+    folder.write_config(configs[0])
+    for config in configs[1:]:
+        folder.replace_config(config)
+    assert folder.config() == configs[2]
+    for number, config in ((1, configs[0]), (2, configs[1])):
+        folder.write("config.yaml", folder.read(f"config.{number}.yaml"))
+        assert folder.config() == config
+
+
 def test_paths_lead_back_into_the_folder(folder: RunFolder) -> None:
     folder.write("config.yaml", b"x")
     assert RunFolder(folder.url).read("config.yaml") == b"x"

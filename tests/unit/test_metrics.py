@@ -24,7 +24,8 @@ PROMISED = {
     "replay": "issued consumed duplicates refused filtered evicted in_flight admitted_waiting policy_version staleness "
     "flush_seconds flush_records",
     "learner": "step steps_skipped loss reward accuracy grad_norm entropy clip_fraction learning_rate "
-    "tokens_per_second response_length grad_clipped logprob_difference_max seconds staleness_max tokens",
+    "tokens_per_second response_length grad_clipped logprob_difference_max seconds staleness_max tokens alpha beta "
+    "beta_half_width method_scale method_relative_variance method_cosine method_positive",
     "policy": "version bytes published waiters",
     "controller": "state workers restarts reconciled evaluation_accuracy open_slots prompts_skipped",
 }

@@ -48,6 +48,13 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "seconds": dict.fromkeys(charts.PHASES, 1.0),
         "learner_tokens_per_second": 160.0,
         "rollout_tokens_per_second": 139.0,
+        "variance": {
+            "alpha": 1.0,
+            "beta": 0.9 + 0.1 * step,
+            "beta_interval_95": [0.5 + 0.1 * step, 1.3 + 0.1 * step],
+            "beta_smoothed": 1.0,
+            "methods": {"delta_l": {"relative_variance": 0.6}, "dr_grpo": {"relative_variance": 1.0}},
+        },
         **changes,
     }
 
@@ -92,7 +99,7 @@ def test_the_last_row_of_a_step_counts() -> None:
 
 def test_a_report_holds_every_section_and_every_drawing() -> None:
     text = full_report()
-    assert text.count("<svg") == 7
+    assert text.count("<svg") == 9
     for expected in ("0.200", "0.900", "0.700", "[0.620, 0.760]", "139", "rollout 2", "delta_l, α = 1", "0.0001"):
         assert expected in text.replace("9.00e-05", "0.0001")
     assert re.search(r"issued = sum of the others</th><td>yes", text)
@@ -108,7 +115,7 @@ def test_no_point_lies_outside_its_axes(monkeypatch: pytest.MonkeyPatch) -> None
             if line.get_transform() != axes.transData:
                 continue  # a mark across the whole height, not points
             assert all(left <= x <= right and bottom <= y <= top for x, y in line.get_xydata())
-    assert len(drawn) == 7
+    assert len(drawn) == 9
 
 
 def test_every_drawing_is_well_formed_xml() -> None:
@@ -149,8 +156,8 @@ def test_no_value_breaks_a_report(which: str, value: Any) -> None:
 
 
 def test_nothing_at_all_still_makes_a_report() -> None:
-    assert write_report([], {}).count("<svg") == 7
-    assert write_report([{"step": 1}], {}).count("<svg") == 7
+    assert write_report([], {}).count("<svg") == 9
+    assert write_report([{"step": 1}], {}).count("<svg") == 9
 
 
 def test_equal_runs_give_equal_reports() -> None:

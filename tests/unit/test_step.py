@@ -1,16 +1,11 @@
-"""Laws of the step and of checkpoints: the update is a plain sum however it is cut, and what is saved goes on equal."""
+"""Laws of the step: the update is a plain sum however it is cut, and a step that is not finite changes nothing."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-import resource
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltal.algorithm import AGGREGATIONS
-from deltal.config import AlgorithmConfig, LearnerConfig
-from deltal.errors import LearnerError
+from deltal.algorithm import AGGREGATIONS, OBJECTIVES
+from deltal.config import LearnerConfig
+from deltal.config_algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, assemble, mini_batches, pack
-from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.step import StepResult, StepSums, accumulate, clip, forward, grad_norm, schedule, train_batch
 from deltal.types import Batch, ScoredGroup
-from tests.unit.builders import run_config, same, scored, tiny_model
+from tests.unit.builders import run_config, same_state, scored, tiny_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 LENGTHS = [(3, 17, 40), (8, 1, 25), (60, 2, 9), (5, 5, 31)]
 AGGREGATION_KINDS = sorted(AGGREGATIONS)
+TERMS: list[dict[str, Any]] = [
+    {"kl": {"kind": "k1", "coefficient": 0.3}},
+    {"kl": {"kind": "k3", "coefficient": 0.3}},
+    {"entropy_coefficient": 0.2},
+]
+"""What gives a response a gradient even when its advantage is 0."""
 PLAIN = AlgorithmConfig()
 RATE = 1e3
 """Of gradient descent in these tests: gradients are small, and a small step would be lost in the weights' rounding."""
@@ -71,6 +71,18 @@ def on_policy(model: torch.nn.Module, some: Sequence[ScoredGroup]) -> list[Score
     return told
 
 
+def noisy(some: Sequence[ScoredGroup], size: float) -> list[ScoredGroup]:
+    """The same with an engine whose log-probabilities are off by so much."""
+    draw, told = np.random.default_rng(0), []
+    for group in some:
+        responses = tuple(
+            dataclasses.replace(one, logprobs=one.logprobs + size * draw.normal(size=len(one.logprobs)))
+            for one in group.group.responses
+        )
+        told.append(dataclasses.replace(group, group=dataclasses.replace(group.group, responses=responses)))
+    return told
+
+
 def batch_of(some: Sequence[ScoredGroup], kind: str = "delta_l") -> Batch:
     config = run_config(algorithm={"aggregation": {"kind": kind}}, rollout={"max_response_tokens": 64})
     return assemble(0, some, config)
@@ -85,14 +97,33 @@ def weights(model: torch.nn.Module) -> Tensor:
 
 
 def gradient(
-    model: torch.nn.Module, items: Sequence[Item], *, budget: int, ranks: int = 1, algorithm: AlgorithmConfig = PLAIN
-) -> Tensor:
+    model: torch.nn.Module, items: Sequence[Item], *, budget: int, ranks: int = 1, algorithm: AlgorithmConfig = PLAIN,
+    reference: torch.nn.Module | None = None, sums: StepSums | None = None,
+) -> Tensor:  # fmt: skip
     """Summed over all rows of all ranks, float64 and flat."""
     model.zero_grad()
-    for share in pack(items, budget=budget, ranks=ranks):
+    sums = StepSums() if sums is None else sums
+    for share in pack(items, budget=budget, ranks=ranks, keep_all=algorithm.trains_every_response):
         starts = [None] * len(share)
-        accumulate(model, share, starts, algorithm, temperature=1.0, version=0, sums=StepSums())
+        accumulate(model, share, starts, algorithm, temperature=1.0, version=0, sums=sums, reference=reference)
     return flat(model)
+
+
+def changed(model: torch.nn.Module) -> torch.nn.Module:
+    """A frozen model with other weights."""
+    other = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    return other
+
+
+def alone(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy at each token of one response, by one plain forward."""
+    prompt = item.group.prompt_tokens
+    row = torch.as_tensor(np.concatenate([prompt, item.response.tokens])).long()
+    logs = torch.log_softmax(model(input_ids=row[None]).logits[0, len(prompt) - 1 : -1], dim=-1)
+    return logs.gather(-1, row[len(prompt) :, None])[:, 0], -(logs.exp() * logs).sum(-1)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -141,22 +172,89 @@ def test_update_does_not_depend_on_the_order_of_the_groups(model: torch.nn.Modul
 
 
 @pytest.mark.parametrize("kind", AGGREGATION_KINDS)
-@pytest.mark.parametrize("objective", ["ppo_clip", "reinforce"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_the_gradient_is_that_of_the_plain_sum_over_tokens(model: torch.nn.Module, kind: str, objective: str) -> None:
-    """One plain forward a response, and Σ c_i A_i w_t log π_t by hand."""
+    """One plain forward a response, and Σ c_i A_i w_t log π_t by hand: with one mini-batch all objectives agree."""
     batch = batch_of(groups(), kind)
     (items,) = mini_batches(batch, count=1, seed=0)
-    algorithm = AlgorithmConfig.model_validate({"objective": {"kind": objective}, "importance_cap": 2.0})
+    importance = {"kind": "truncate", "cap": 2.0}
+    algorithm = AlgorithmConfig.model_validate({"objective": {"kind": objective}, "importance": importance})
     packed = gradient(model, items, budget=128, algorithm=algorithm)
     model.zero_grad()
     for item, advantage, coefficient in zip(items, batch.advantages, batch.coefficients, strict=True):
-        prompt = item.group.prompt_tokens
-        row = torch.as_tensor(np.concatenate([prompt, item.response.tokens])).long()
-        logits = model(input_ids=row[None]).logits[0, len(prompt) - 1 : -1]
-        logprob = torch.log_softmax(logits, dim=-1).gather(-1, row[len(prompt) :, None])[:, 0]
+        logprob, _ = alone(model, item)
         weight = torch.exp(logprob.detach() - torch.tensor(item.response.logprobs)).clamp(max=2.0)
         (-float(coefficient) * float(advantage) * weight * logprob).sum().backward()
     assert difference(packed, flat(model)) <= 1e-5
+
+
+def with_a_group_of_equal_rewards() -> list[ScoredGroup]:
+    return [*groups(), scored(7, rewards=(1.0, 1.0), lengths=(6, 3))]
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_kl_and_entropy_are_part_of_the_plain_sum_over_all_responses(
+    model: torch.nn.Module, terms: dict[str, Any]
+) -> None:
+    (items,) = mini_batches(batch_of(on_policy(model, with_a_group_of_equal_rewards())), count=1, seed=0)
+    algorithm = AlgorithmConfig.model_validate(terms)
+    reference = changed(model) if algorithm.has_reference else None
+    packed = gradient(model, items, budget=128, algorithm=algorithm, reference=reference)
+    model.zero_grad()
+    for item in items:
+        logprob, entropy = alone(model, item)
+        loss = -item.advantage * logprob - algorithm.entropy_coefficient * entropy
+        if reference is not None:
+            gap = alone(reference, item)[0] - logprob
+            loss = loss + 0.3 * (-gap.detach() * logprob if "k1" in str(terms) else gap.exp() - gap - 1)
+        (item.coefficient * loss).sum().backward()
+    assert difference(packed, flat(model)) <= 1e-4
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_update_does_not_depend_on_sharding_with_kl_and_entropy(model: torch.nn.Module, terms: dict[str, Any]) -> None:
+    (items,) = mini_batches(batch_of(with_a_group_of_equal_rewards()), count=1, seed=0)
+    algorithm, reference = AlgorithmConfig.model_validate(terms), changed(model)
+    whole = gradient(model, items, budget=4096, algorithm=algorithm, reference=reference)
+    for ranks, budget in ((1, 1), (3, 64)):
+        cut = gradient(model, items, budget=budget, ranks=ranks, algorithm=algorithm, reference=reference)
+        assert difference(cut, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_update_does_not_depend_on_sharding_with_weights_of_whole_responses(model: torch.nn.Module, kind: str) -> None:
+    some = noisy(on_policy(model, groups()), 0.02)
+    (items,) = mini_batches(batch_of(some), count=1, seed=0)
+    importance = {"kind": kind, "level": "sequence"} | ({"low": 0.95, "high": 1.1} if kind == "mask" else {"cap": 1.02})
+    algorithm = AlgorithmConfig.model_validate({"importance": importance})
+    sums = StepSums()
+    whole = gradient(model, items, budget=4096, algorithm=algorithm, sums=sums)
+    assert 0 < sums.bounded < sums.tokens
+    for ranks, budget in ((1, 1), (3, 64)):
+        assert difference(gradient(model, items, budget=budget, ranks=ranks, algorithm=algorithm), whole) <= 1e-5
+
+
+def test_responses_without_advantage_move_the_weights_only_where_a_term_needs_them(model: torch.nn.Module) -> None:
+    (items,) = mini_batches(batch_of([scored(0, rewards=(1.0, 1.0), lengths=(4, 6))]), count=1, seed=0)
+    for terms, moves in (({}, False), *((terms, True) for terms in TERMS)):
+        sums, algorithm = StepSums(), AlgorithmConfig.model_validate(terms)
+        found = gradient(model, items, budget=64, algorithm=algorithm, reference=changed(model), sums=sums)
+        assert (float(found.norm()) > 0) == moves
+        assert sums.tokens == (10 if moves else 0)
+
+
+def test_the_reference_is_compared_and_never_trained(model: torch.nn.Module) -> None:
+    (items,) = mini_batches(batch_of(groups()), count=1, seed=0)
+    algorithm, reference = AlgorithmConfig.model_validate(TERMS[1]), changed(model)
+    before, sums = weights(reference), StepSums()
+    gradient(model, items, budget=64, algorithm=algorithm, reference=reference, sums=sums)
+    expected = 0.0
+    for item in items:
+        gap = (alone(reference, item)[0] - alone(model, item)[0]).detach().double()
+        expected += float((gap.exp() - gap - 1).sum())
+    assert sums.reference_kl == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(weights(reference), before)
+    assert all(parameter.grad is None for parameter in reference.parameters())
 
 
 def test_a_row_with_nothing_to_train_adds_no_gradient(model: torch.nn.Module) -> None:
@@ -235,15 +333,28 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_skips_what_is_left_of_its_batch(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_skipped_batch_undoes_the_steps_of_its_earlier_mini_batches(
+    model: torch.nn.Module, which: int, steps_before: int
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     cut = mini_batches(batch_of(groups()), count=3, seed=0)
-    alone, broken = copy.deepcopy(model), copy.deepcopy(model)
-    trained(alone, cut[:1])
-    result = trained(broken, [cut[0], poisoned(cut[1]), cut[2]])
+    for _ in range(steps_before):
+        trained(model, cut, optimizer=optimizer)
+    before, moments = weights(model), copy.deepcopy(optimizer.state_dict())
+    result = trained(model, [poisoned(part) if i == which else part for i, part in enumerate(cut)], optimizer=optimizer)
     assert result.skipped
-    assert len(result.grad_norms) == 2
-    assert not torch.equal(weights(broken), weights(model))
-    assert difference(weights(broken) - weights(model), weights(alone) - weights(model)) <= 1e-4
+    assert len(result.grad_norms) == which + 1
+    assert torch.equal(weights(model), before)
+    assert same_state(optimizer.state_dict(), moments)
+    # And what comes next is what would have come without it.
+    straight = copy.deepcopy(model)
+    other = torch.optim.AdamW(straight.parameters(), lr=0.1, weight_decay=0.1)
+    other.load_state_dict(moments)
+    trained(model, cut, optimizer=optimizer)
+    trained(straight, cut, optimizer=other)
+    assert torch.equal(weights(model), weights(straight))
 
 
 @pytest.mark.parametrize(
@@ -297,196 +408,29 @@ def test_the_first_mini_batch_is_never_clipped_by_its_ratio(model: torch.nn.Modu
     assert trained(model, mini_batches(batch_of(groups()), count=1, seed=0)).sums.clipped == 0
 
 
+def test_the_mismatch_of_engine_and_learner_is_told_as_a_kl_and_as_the_share_of_bounded_tokens(
+    model: torch.nn.Module,
+) -> None:
+    exact, off = on_policy(model, groups()), noisy(on_policy(model, groups()), 0.3)
+    for some, algorithm, mismatched in (
+        (exact, AlgorithmConfig(), False),
+        (off, AlgorithmConfig.model_validate({"importance": {"kind": "mask", "low": 0.9, "high": 1.1}}), True),
+        (off, AlgorithmConfig.model_validate({"importance": {"kind": "none"}}), True),
+    ):
+        (items,) = mini_batches(batch_of(some), count=1, seed=0)
+        sums = StepSums()
+        gradient(model, items, budget=64, algorithm=algorithm, sums=sums)
+        # To second order the estimate is half the squared difference.
+        expected = 0.5 * 0.3**2 if mismatched else 0.0
+        assert sums.engine_kl / sums.same_version == pytest.approx(expected, rel=0.3, abs=1e-6)
+        assert (sums.bounded > 0) == (algorithm.importance.kind == "mask")
+        if algorithm.importance.kind == "none":
+            assert sums.importance == sums.tokens
+
+
 def test_engine_and_learner_are_compared_only_where_their_versions_are_equal(model: torch.nn.Module) -> None:
     for version, compared in ((0, True), (1, False)):
         some = on_policy(model, groups(version))
         result = trained(copy.deepcopy(model), mini_batches(batch_of(some), count=1, seed=0))
         assert (result.sums.same_version == result.sums.tokens) == compared
         assert (result.sums.same_version == 0.0) == (not compared)
-
-
-# --- checkpoints -------------------------------------------------------------------------------------
-
-
-def same_state(one: Any, other: Any) -> bool:
-    """Bit for bit, tensors included."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_state(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same_state(a, b) for a, b in zip(one, other, strict=True))
-    return same(one, other)
-
-
-class Learner:
-    """A model with its optimizer, a new one each time as after a restart."""
-
-    def __init__(self, start: torch.nn.Module) -> None:
-        self.model = copy.deepcopy(start)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95))
-
-    def step(self, times: int = 1) -> Learner:
-        cut = mini_batches(batch_of(groups()), count=2, seed=0)
-        for _ in range(times):
-            trained(self.model, cut, optimizer=self.optimizer)
-        return self
-
-    def state(self) -> Any:
-        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
-
-    def save(self, store: Checkpoints, version: int, **extra: Any) -> None:
-        store.save(version, self.model, self.optimizer, extra)
-
-    def load(self, store: Checkpoints) -> tuple[int, dict[str, Any]]:
-        return store.load(self.model, self.optimizer)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
-def checkpointed(folder: Path, start: torch.nn.Module, versions: int) -> list[Any]:
-    """Checkpoints 1 to `versions`; returns the state each holds."""
-    learner, states = Learner(start), []
-    for version in range(1, versions + 1):
-        learner.step().save(Checkpoints(str(folder), keep=9), version)
-        states.append(learner.state())
-    return states
-
-
-@pytest.mark.parametrize("where", ["local", "memory"])
-def test_a_checkpoint_restores_every_bit_and_training_goes_on_equal(
-    start: torch.nn.Module, folder: Path, where: str
-) -> None:
-    url = str(folder) if where == "local" else f"memory://{uuid.uuid4().hex}/checkpoints"
-    straight = Learner(start).step(2)
-    straight.save(Checkpoints(url, keep=2), 2, note="kept")
-    resumed = Learner(start)
-    version, extra = resumed.load(Checkpoints(url, keep=2))
-    assert (version, extra["note"], extra["version"], extra["ranks"]) == (2, "kept", 2, 1)
-    assert same_state(resumed.state(), straight.state())
-    assert same_state(resumed.step(2).state(), straight.step(2).state())
-
-
-def test_without_a_checkpoint_nothing_is_touched(start: torch.nn.Module, folder: Path) -> None:
-    learner = Learner(start)
-    assert learner.load(Checkpoints(str(folder), keep=2)) == (0, {})
-    assert same_state(learner.state(), Learner(start).state())
-
-
-def test_a_half_written_checkpoint_is_never_picked(start: torch.nn.Module, folder: Path) -> None:
-    states = checkpointed(folder, start, 2)
-    (folder / "00000002" / "complete.json").unlink()
-    (folder / "00000003").mkdir()
-    (folder / "notes").mkdir()
-    store, learner = Checkpoints(str(folder), keep=2), Learner(start)
-    assert store.versions() == [1]
-    assert learner.load(store)[0] == 1
-    assert same_state(learner.state(), states[0])
-
-
-def test_a_checkpoint_cut_off_before_is_written_anew(start: torch.nn.Module, folder: Path) -> None:
-    (folder / "00000001").mkdir(parents=True)
-    (folder / "00000001" / "__7_0.distcp").write_bytes(b"of another number of ranks")
-    states = checkpointed(folder, start, 1)
-    learner = Learner(start)
-    assert learner.load(Checkpoints(str(folder), keep=2))[0] == 1
-    assert same_state(learner.state(), states[0])
-    assert not (folder / "00000001" / "__7_0.distcp").exists()
-
-
-def damage(folder: Path, how: str) -> None:
-    (shard,) = folder.glob("*.distcp")
-    match how:
-        case "shard cut":
-            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-        case "shard empty":
-            shard.write_bytes(b"")
-        case "shard gone":
-            shard.unlink()
-        case "metadata cut":
-            (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:100])
-        case "metadata gone":
-            (folder / ".metadata").unlink()
-        case "mark empty":
-            (folder / "complete.json").write_bytes(b"")
-
-
-DAMAGES = ["shard cut", "shard empty", "shard gone", "metadata cut", "metadata gone", "mark empty"]
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    start: torch.nn.Module, folder: Path, how: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    states = checkpointed(folder, start, 2)
-    damage(folder / "00000002", how)
-    learner = Learner(start)
-    assert learner.load(Checkpoints(str(folder), keep=2))[0] == 1
-    assert same_state(learner.state(), states[0])
-    said = [line for line in capfd.readouterr().out.splitlines() if "passed over" in line]
-    assert len(said) == 1
-    assert said[0].startswith(f"deltal: checkpoint {folder}/00000002 is damaged and passed over: ")
-
-
-def test_no_run_goes_on_from_weights_that_are_of_no_checkpoint(start: torch.nn.Module, folder: Path) -> None:
-    checkpointed(folder, start, 1)
-    damage(folder / "00000001", "shard cut")
-    with pytest.raises(LearnerError, match=r"no checkpoint in .* can be read; move it away"):
-        Learner(start).load(Checkpoints(str(folder), keep=2))
-
-
-def test_damaged_weights_are_not_exported(start: torch.nn.Module, folder: Path) -> None:
-    checkpointed(folder, start, 1)
-    damage(folder / "00000001", "shard gone")
-    with pytest.raises(LearnerError, match="00000001 is damaged"):
-        Checkpoints(str(folder), keep=1).load_weights(1, copy.deepcopy(start))
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_only_the_newest_checkpoints_stay(start: torch.nn.Module, folder: Path, keep: int) -> None:
-    learner, store = Learner(start), Checkpoints(str(folder), keep=keep)
-    for version in (1, 3, 10):
-        learner.save(store, version)
-    assert store.versions() == [1, 3, 10][-keep:]
-    assert sorted(path.name for path in folder.iterdir()) == [f"{v:08d}" for v in (1, 3, 10)[-keep:]]
-
-
-def test_a_damaged_newer_checkpoint_never_pushes_out_one_that_can_be_read(start: torch.nn.Module, folder: Path) -> None:
-    checkpointed(folder, start, 4)
-    for version in (2, 4):
-        shutil.rmtree(folder / f"{version:08d}")
-    damage(folder / "00000003", "shard cut")
-    learner, store = Learner(start), Checkpoints(str(folder), keep=1)
-    assert learner.load(store)[0] == 1
-    learner.save(store, 2)
-    again = Learner(start)
-    assert again.load(store)[0] == 2
-    assert same_state(again.state(), learner.state())
-
-
-def test_a_checkpoint_that_cannot_be_written_is_an_error_in_one_line_and_loses_nothing(
-    start: torch.nn.Module, folder: Path
-) -> None:
-    states = checkpointed(folder, start, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # As if the disk were full: no file may grow beyond 100 kB.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(LearnerError, match=f"checkpoint {folder}/00000002 could not be written: ") as error:
-            Learner(start).step().save(Checkpoints(str(folder), keep=1), 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(error.value)
-    again = Learner(start)
-    assert again.load(Checkpoints(str(folder), keep=1))[0] == 1
-    assert same_state(again.state(), states[0])
-
-
-def test_a_checkpoint_s_mark_is_written_last(start: torch.nn.Module, folder: Path) -> None:
-    checkpointed(folder, start, 1)
-    files = sorted((folder / "00000001").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    assert files[-1].name == "complete.json"
-    assert json.loads(files[-1].read_text())["version"] == 1

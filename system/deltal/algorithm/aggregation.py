@@ -45,11 +45,20 @@ def dapo(lengths: Tensor, max_length: int, alpha: float) -> Tensor:
     return torch.full_like(lengths, 1.0) / lengths.sum()
 
 
+def sequence_sum(lengths: Tensor, max_length: int, alpha: float) -> Tensor:
+    """c_i = 1 / B, sum over tokens, then mean over responses; LUSPO (arXiv 2602.05261) with the objective `gspo`.
+
+    The direction of `dr_grpo`, unbiased like it, but M times as large.
+    """
+    return torch.full_like(lengths, 1.0 / len(lengths))
+
+
 AGGREGATIONS: dict[str, Aggregation] = {
     "delta_l": delta_l,
     "dr_grpo": dr_grpo,
     "grpo": grpo,
     "dapo": dapo,
+    "sequence_sum": sequence_sum,
 }
 
 

@@ -48,6 +48,7 @@ class LearnerRank:
         self._listener: int | None = None
         self._shares: dict[int, dict[str, Any]] = {}
         self._checkpoint_seconds: dict[str, float] = {}
+        self._skipped: list[int] = []
         self._version = 0
         self._waiting_for = "the model to load"
         self._metrics = LearnerMetrics(run, f"learner-{rank}")
@@ -96,7 +97,8 @@ class LearnerRank:
         if trainer.version >= self._newest:
             self._publish(trainer)
         self._train(trainer)
-        trainer.save()
+        trainer.save(keep=self._kept(trainer.version))
+        trainer.finish()
         return trainer.version
 
     def export(self, target: str, facts: dict[str, Any]) -> int:
@@ -106,19 +108,15 @@ class LearnerRank:
         return export(f"{self._folder}/checkpoints", target, config=self._config, facts=facts)
 
     def _train(self, trainer: Trainer) -> None:
-        settings, skipped_in_a_row = self._config.learner, 0
         while trainer.version < self._config.run.steps:
             started = time.monotonic()
             groups = self._next_batch(trainer)
             if groups is None:
                 return
-            row = self._train_on(trainer, groups, time.monotonic() - started)
-            skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
-            if skipped_in_a_row >= settings.max_skipped:
-                raise LearnerError(
-                    f"{skipped_in_a_row} steps in a row had a gradient that is not finite (last: {trainer.version}); "
-                    "lower learner.learning_rate and resume"
-                )
+            self._train_on(trainer, groups, time.monotonic() - started)
+            if len(self._skipped) >= self._config.learner.max_skipped:
+                trainer.finish()
+                raise LearnerError(_skipped_in_a_row(self._skipped[0], self._skipped[-1]))
 
     def _next_batch(self, trainer: Trainer) -> tuple[ScoredGroup, ...] | None:
         """The groups of the next batch, or None to stop: rank 0 waits and tells the others."""
@@ -150,39 +148,62 @@ class LearnerRank:
                 raise DeadlineError(f"the learner waited {limit:.0f} s for {self._waiting_for}")
         return "stop"
 
-    def _train_on(self, trainer: Trainer, groups: tuple[ScoredGroup, ...], waited: float) -> dict[str, Any]:
-        """Train one batch, publish, checkpoint when due, tell the others; returns the step's row."""
+    def _train_on(self, trainer: Trainer, groups: tuple[ScoredGroup, ...], waited: float) -> None:
+        """Train one batch, publish, tell the others, checkpoint when due."""
         batch, result, rate = trainer.train(groups)
         self._version = trainer.version
-        seconds = {"wait": waited}
+        self._skipped = [*self._skipped, batch.version] if result.skipped else []
+        seconds, digest = {"wait": waited}, None
         # Up to the newest published version a step is only redone: others have seen its outcome.
         redone = trainer.version <= self._newest
         if trainer.version >= self._newest:
             started = time.monotonic()
-            self._publish(trainer)
+            digest = self._publish(trainer)
             if self._rank == 0:
                 done = self._replay.trained.remote(batch.version, result.skipped)
                 get_by(done, seconds=RPC_SECONDS, what="the ReplayBuffer to record a trained batch")
             seconds["publish"] = time.monotonic() - started
         # The row goes out before the checkpoint, so that no step that will not be redone is without one.
         row = trainer.row(batch, result, rate, seconds | self._checkpoint_seconds, redone=redone)
+        # A checkpoint is on its way while steps go on: its completion stands in the row of the step that saw it.
+        row |= {"digest": digest, "checkpoint_written": trainer.written()}
         self._checkpoint_seconds = {}
         if self._rank == 0:
             answer = self._controller.report_step.remote(row)
             get_by(answer, seconds=RPC_SECONDS, what="the Controller to take a step's row")
             self._observe(row)
-        if trainer.version % self._config.learner.checkpoint_every == 0:
-            started = time.monotonic()
-            trainer.save()
-            self._checkpoint_seconds = {"checkpoint": time.monotonic() - started}
-        return row
+        self._checkpoint(trainer)
 
-    def _publish(self, trainer: Trainer) -> None:
-        """Offer this version's weights to the PolicyStore."""
+    def _checkpoint(self, trainer: Trainer) -> None:
+        """Begin a checkpoint when one is due: now and then, for an evaluation, and before a first skipped batch."""
+        version, settings, started = trainer.version, self._config, time.monotonic()
+        periods = settings.learner.checkpoint_every, settings.evaluation.checkpoint_every
+        due = [version] if any(period and version % period == 0 for period in periods) else []
+        if self._skipped == [version - 1]:
+            due = [version - 1, *due]
+        for one in due:
+            trainer.save(one, keep=self._kept(version))
+            self._checkpoint_seconds = {"checkpoint": time.monotonic() - started}
+
+    def _kept(self, version: int) -> set[int]:
+        """Versions whose checkpoints stay, beside the newest: the best, those evaluated, and that before a skip."""
+        if self._rank != 0:
+            return set()  # Rank 0 removes the others' files too.
+        answer = self._controller.checkpoints_to_keep.remote()
+        kept = set(get_by(answer, seconds=RPC_SECONDS, what="the Controller to name the checkpoints to keep"))
+        if every := self._config.evaluation.checkpoint_every:
+            # The Controller may not have seen yet that this one is due.
+            kept.add(version // every * every)
+        return kept.union(self._skipped[:1])
+
+    def _publish(self, trainer: Trainer) -> str:
+        """Offer this version's weights to the PolicyStore; returns their digest."""
         # Kept until the next version, so that a restarted PolicyStore can be served at once.
-        self._shares = {trainer.version: trainer.share()}
+        share = trainer.share()
+        self._shares = {trainer.version: share}
         self._newest = max(self._newest, trainer.version)
         self._offer(trainer.version)
+        return str(share["whole"])
 
     def _offer(self, version: int) -> None:
         me = ray.get_runtime_context().current_actor
@@ -210,5 +231,16 @@ class LearnerRank:
             getattr(metrics, name).set(row[name])
         metrics.response_length.set(row["response_length"])
         metrics.staleness_max.set(row["staleness_max"])
+        metrics.observe_variance(row["variance"])
         for phase, value in row["seconds"].items():
             metrics.seconds.labels(phase=phase).observe(value)
+
+
+def _skipped_in_a_row(first: int, last: int) -> str:
+    """What to tell of a run whose batches `first` to `last` gave nothing finite."""
+    before = f"checkpoint {first}" if first else "the start model"
+    return (
+        f"steps {first + 1} to {last + 1} were skipped: their loss or gradient is not finite; {before} holds the "
+        f"weights before them. `deltal replay RUN {first + 1}` shows one of them, and `deltal train CONFIG --from "
+        "RUN:STEP` goes on from any checkpoint, e.g. at a lower learner.learning_rate"
+    )

@@ -11,8 +11,8 @@ branch's positions go on from its prompt. That is exact: no response sees anothe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,16 @@ from torch import Tensor
 
 from deltal.algorithm import advantages, token_coefficients
 from deltal.config import RunConfig
+from deltal.learner.attention import Segment
 from deltal.types import Batch, Group, Response, ScoredGroup
 
 Array = NDArray[Any]
 
 
-def assemble(version: int, groups: Sequence[ScoredGroup], config: RunConfig) -> Batch:
+def assemble(version: int, groups: Sequence[ScoredGroup], config: RunConfig, *, alpha: float | None = None) -> Batch:
     """Advantages and token coefficients of a whole batch, before it is cut (design section 1).
+
+    `alpha`: estimated, for `alpha: auto`; None takes the configured one.
 
     An overlong response under `overlong: filter`, and one without policy-written tokens, gets coefficient 0, is not
     in B, and stays in its group's baseline.
@@ -40,22 +43,28 @@ def assemble(version: int, groups: Sequence[ScoredGroup], config: RunConfig) -> 
             rewards.append(verdict.reward)
             numbers.append(number)
             lengths.append(0 if left_out else response.length)
-    aggregation = config.algorithm.aggregation
-    if any(lengths):
-        coefficients = token_coefficients(
-            aggregation.kind,
-            lengths,
-            max_length=config.rollout.max_response_tokens,
-            alpha=getattr(aggregation, "alpha", 1.0),
-        ).numpy()
-    else:
-        coefficients = np.zeros(len(lengths))
     return Batch(
         version=version,
         groups=tuple(groups),
         advantages=advantages(rewards, numbers, kind=config.algorithm.advantage).numpy(),
-        coefficients=coefficients,
+        coefficients=coefficients(lengths, config, alpha=alpha),
     )
+
+
+def coefficients(lengths: Sequence[int], config: RunConfig, *, alpha: float | None = None) -> Array:
+    """float64[responses]: token coefficient of each, all 0 when no response has a policy-written token."""
+    if not any(lengths):
+        return np.zeros(len(lengths))
+    aggregation: Any = config.algorithm.aggregation
+    configured = getattr(aggregation, "alpha", 1.0)
+    if alpha is None:
+        alpha = aggregation.auto.fallback if configured == "auto" else configured
+    return token_coefficients(
+        aggregation.kind,
+        lengths,
+        max_length=config.rollout.max_response_tokens,
+        alpha=alpha,
+    ).numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +86,8 @@ class PackedMicroBatch:
 
     tokens, positions int64[T]; segment (group), branch (0 prompt, else response) int32[T];
     predict_at int64[N]: where in the row the token's logits stand; target int64[N];
-    advantage, coefficient, old_logprob float32[N]; version int64[N]: that sampled the token.
+    advantage, coefficient, old_logprob float32[N]; version int64[N]: that sampled the token;
+    place int64[N]: index of the token's response among the batch's.
     """
 
     tokens: Tensor
@@ -90,6 +100,18 @@ class PackedMicroBatch:
     coefficient: Tensor
     old_logprob: Tensor
     version: Tensor
+    place: Tensor
+
+    def segments(self) -> list[Segment]:
+        """The same as `attention_mask`, for attention that goes block by block."""
+        changes = (torch.diff(self.segment) != 0) | (torch.diff(self.branch) != 0)
+        starts = [0, *(torch.nonzero(changes)[:, 0] + 1).tolist()]
+        ends = [*starts[1:], len(self.tokens)]
+        prompts = [i for i, start in enumerate(starts) if self.branch[start] == 0]
+        return [
+            Segment(starts[i], ends[i], tuple(ends[i + 1 : following]))
+            for i, following in zip(prompts, [*prompts[1:], len(starts)], strict=True)
+        ]
 
     def attention_mask(self) -> Tensor:
         """bool[1, 1, T, T], True where the row's token may attend to the column's."""
@@ -99,10 +121,13 @@ class PackedMicroBatch:
         return (causal & same & own)[None, None]
 
 
-def mini_batches(batch: Batch, *, count: int, seed: int) -> list[list[Item]]:
+def mini_batches(
+    batch: Batch, *, count: int, seed: int, anew: Callable[[Sequence[int]], Array] | None = None
+) -> list[list[Item]]:
     """Cut a batch's responses into `count` mini-batches, after a permutation by (seed, version).
 
     A mini-batch of b of the B responses uses c_i · B / b (design section 1). B and b count responses in the loss.
+    `anew`, lengths to coefficients, is for `normalize_over: mini_batch`: c_i by the mini-batch's own lengths.
     """
     items = [
         Item(group=scored.group, response=response, place=place, advantage=float(advantage), coefficient=float(c))
@@ -125,19 +150,24 @@ def mini_batches(batch: Batch, *, count: int, seed: int) -> list[list[Item]]:
     cut = []
     for part in np.array_split(order, count):
         members = [items[i] for i in sorted(part)]
-        inside = sum(item.coefficient > 0 for item in members)
-        factor = total / inside if inside else 0.0
-        cut.append([_scaled(item, factor) for item in members])
+        if anew is not None:
+            own = anew([item.response.length if item.coefficient > 0 else 0 for item in members])
+        else:
+            inside = sum(item.coefficient > 0 for item in members)
+            own = np.array([item.coefficient for item in members]) * (total / max(inside, 1))
+        cut.append([replace(item, coefficient=float(c)) for item, c in zip(members, own, strict=True)])
     return cut
 
 
-def pack(items: Sequence[Item], *, budget: int, ranks: int) -> list[list[PackedMicroBatch]]:
+def pack(items: Sequence[Item], *, budget: int, ranks: int, keep_all: bool = False) -> list[list[PackedMicroBatch]]:
     """Micro-batches for each rank, equally many on all: rows of at most `budget` tokens, balanced over ranks.
 
-    Responses whose gradient is zero (advantage or coefficient 0) are left out. A response is never split; one over
-    the budget rides alone with its prompt. A rank that has fewer rows gets one-token rows with nothing to train.
+    Responses whose gradient is zero are left out: those with coefficient 0, and, unless `keep_all` (a KL or entropy
+    term needs them), those with advantage 0. A response is never split; one over the budget rides alone with its
+    prompt. A rank that has fewer rows gets one-token rows with nothing to train.
     """
-    rows = [[piece] for piece in _pieces(items, budget)]
+    kept = [item for item in items if item.coefficient != 0.0 and (keep_all or item.advantage != 0.0)]
+    rows = [[piece] for piece in _pieces(kept, budget)]
     merged: list[tuple[int, list[list[Item]]]] = []
     # First fit, longest first: the usual bin-packing heuristic, at most 11/9 of the best.
     for row in sorted(rows, key=lambda row: -_tokens(row[0])):
@@ -158,23 +188,15 @@ def pack(items: Sequence[Item], *, budget: int, ranks: int) -> list[list[PackedM
     return [[_row(pieces) for pieces in share] + [_row([])] * (longest - len(share)) for share in shares]
 
 
-def _scaled(item: Item, factor: float) -> Item:
-    return Item(
-        place=item.place, group=item.group, response=item.response, advantage=item.advantage,
-        coefficient=item.coefficient * factor,
-    )  # fmt: skip
-
-
 def _tokens(piece: Sequence[Item]) -> int:
     return len(piece[0].group.prompt_tokens) + sum(len(item.response.tokens) for item in piece)
 
 
 def _pieces(items: Sequence[Item], budget: int) -> list[list[Item]]:
-    """Cut each group's trained responses into pieces that fit the budget with their prompt."""
+    """Cut each group's responses into pieces that fit the budget with their prompt."""
     groups: dict[int, list[Item]] = {}
     for item in items:
-        if item.advantage != 0.0 and item.coefficient != 0.0:
-            groups.setdefault(id(item.group), []).append(item)
+        groups.setdefault(id(item.group), []).append(item)
     pieces = []
     for members in groups.values():
         piece: list[Item] = []
@@ -199,6 +221,7 @@ def _row(pieces: Sequence[Sequence[Item]]) -> PackedMicroBatch:
     coefficient: list[Array] = []
     old_logprob: list[Array] = []
     version: list[Array] = []
+    place: list[Array] = []
     offset = 0
     for number, piece in enumerate(pieces):
         prompt = piece[0].group.prompt_tokens
@@ -222,6 +245,7 @@ def _row(pieces: Sequence[Sequence[Item]]) -> PackedMicroBatch:
             version.append(_versions(response)[response.mask])
             advantage.append(np.full(response.length, item.advantage))
             coefficient.append(np.full(response.length, item.coefficient))
+            place.append(np.full(response.length, item.place))
             offset += length
     if not tokens:
         tokens, positions, segment, branch = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
@@ -240,6 +264,7 @@ def _row(pieces: Sequence[Sequence[Item]]) -> PackedMicroBatch:
         coefficient=joined(coefficient, torch.float32),
         old_logprob=joined(old_logprob, torch.float32),
         version=joined(version, torch.int64),
+        place=joined(place, torch.int64),
     )
 
 

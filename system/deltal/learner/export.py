@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from deltal.config_lora import Lora
 from deltal.errors import UserError
 from deltal.learner.checkpoint import Checkpoints
+from deltal.learner.lora import adapt, fold, write_adapter
 from deltal.learner.model import copy_tokenizer, load, prepare
 
 TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
@@ -16,10 +18,12 @@ TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
 
 
 def export(
-    checkpoints: str, target: str, *, config: Any, version: int | None = None, facts: dict[str, Any] | None = None
-) -> int:
+    checkpoints: str, target: str, *, config: Any, version: int | None = None, facts: dict[str, Any] | None = None,
+    adapter: bool = False,
+) -> int:  # fmt: skip
     """Write safetensors, tokenizer and a model card of `version` (None: the newest) into the folder `target`.
 
+    Adapters are merged into the weights; `adapter` writes them alone, as a peft folder on top of the start model.
     Returns the version. Raises UserError when there is no such checkpoint or `target` holds something else.
     """
     store = Checkpoints(checkpoints, keep=1_000_000)
@@ -33,14 +37,23 @@ def export(
     folder = Path(target)
     if folder.exists() and not _may_be_replaced(folder):
         raise UserError(f"{target} exists and is no export of deltal; choose another")
+    lora = config.learner.lora
+    if adapter and not isinstance(lora, Lora):
+        raise UserError("this run trained all weights and has no adapter: export it without --adapter")
     base = prepare(config.model)
     model: Any = load(base)
+    if isinstance(lora, Lora):
+        adapt(model, lora, seed=config.run.seed)
     store.load_weights(chosen, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model.config.use_cache = True
-        model.save_pretrained(temporary)
+        if adapter:
+            write_adapter(model, temporary, lora=lora, base=base)
+        else:
+            fold(model)
+            model.config.use_cache = True
+            model.save_pretrained(temporary)
         copy_tokenizer(base, temporary)
         (temporary / "README.md").write_text(model_card(config, chosen, facts or {}))
         temporary.chmod(0o755)
@@ -62,7 +75,10 @@ def _may_be_replaced(folder: Path) -> bool:
 def model_card(config: Any, version: int, facts: dict[str, Any]) -> str:
     """The card: what was trained on what, with which aggregation, and how it evaluated."""
     aggregation = config.algorithm.aggregation
-    method = ", ".join(f"{key} {value}" for key, value in aggregation.model_dump().items())
+    # The method's own numbers, and of the rest what is not as usual.
+    shown = aggregation.model_dump(include={"kind", "alpha"}) | aggregation.model_dump(exclude_defaults=True)
+    method = ", ".join(f"{key} {value}" for key, value in shown.items())
+    start = config.run.forked_from or getattr(config.model, "path", None) or getattr(config.model, "package", "random")
     lines = [
         "---",
         "library_name: transformers",
@@ -74,7 +90,7 @@ def model_card(config: Any, version: int, facts: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| start model | {getattr(config.model, 'path', None) or getattr(config.model, 'package', 'random')} |",
+        f"| start model | {start} |",
         f"| data | {getattr(config.data, 'name', None) or getattr(config.data, 'path', '')} |",
         f"| aggregation | {method} |",
         f"| advantage | {config.algorithm.advantage} |",

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,14 @@ import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
 from deltal.errors import ModelError, one_line
+from deltal.learner.attention import packed_attention
+from deltal.learner.head import attach
+from deltal.learner.lora import with_adapter
+
+ATTENTION = "deltal_packed"
+"""transformers' name for `attention.py`."""
+ADAPTER = "adapter_config.json"
+"""The file by which peft knows an adapter's folder."""
 
 
 def cache_folder() -> Path:
@@ -30,15 +41,20 @@ def cache_folder() -> Path:
 def prepare(model: ModelConfig) -> str:
     """A folder (or hub name) that transformers and vLLM load. Raises ModelError when it cannot be made."""
     if isinstance(model, HfModel):
-        return model.path
-    make = _make_random if isinstance(model, RandomModel) else _convert_gguf
+        return _merged_adapter(Path(model.path).expanduser()) if is_adapter(model.path) else model.path
+    make: Any = _make_random if isinstance(model, RandomModel) else _convert_gguf
     text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
-    folder = cache_folder() / f"{model.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return _made(model.kind, text.encode(), lambda folder: make(model, folder))
+
+
+def _made(kind: str, key: bytes, make: Callable[[Path], None]) -> str:
+    """The cached folder of this kind and key, made when it is not there yet."""
+    folder = cache_folder() / f"{kind}-{hashlib.sha256(key).hexdigest()[:12]}"
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Made beside its final place and renamed, so that another process never sees half a model.
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            make(model, Path(temporary) / "model")  # type: ignore[arg-type]
+            make(Path(temporary) / "model")
             try:
                 (Path(temporary) / "model").rename(folder)
             except OSError:
@@ -47,19 +63,46 @@ def prepare(model: ModelConfig) -> str:
     return str(folder)
 
 
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder with a LoRA adapter and not with a whole model."""
+    return (Path(path).expanduser() / ADAPTER).is_file()
+
+
+def _merged_adapter(adapter: Path) -> str:
+    """A folder with the adapter's base model and the adapter merged into it, made once for each adapter's content."""
+    key = b"".join(file.read_bytes() for file in sorted(adapter.glob("adapter_*")))
+
+    def make(folder: Path) -> None:
+        base = str(json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path"))
+        merged: Any = with_adapter(_from_pretrained(base, torch.float32), adapter)
+        merged.save_pretrained(folder)
+        copy_tokenizer(str(adapter) if (adapter / "tokenizer.json").exists() else base, folder)
+
+    return _made("adapter", key, make)
+
+
 def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The causal language model of a folder or hub name, in training mode, parameters in `dtype`.
 
     Raises ModelError in one line when transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
+    model = _from_pretrained(folder, dtype)
+    model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
+    attach(model)
+    return model.train()  # type: ignore[no-any-return]
 
+
+def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, partial(packed_attention, otherwise=sdpa_attention_forward))
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
-    model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
-    return model.train()  # type: ignore[no-any-return]
 
 
 def hf_config(shape: ModelShape) -> Any:

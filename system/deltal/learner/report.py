@@ -59,7 +59,11 @@ def step_row(
         "staleness_max": int(max(staleness)),
         "logprob_difference_mean": sums.difference / same if same else None,
         "logprob_difference_max": sums.difference_max if same else None,
+        "engine_kl": sums.engine_kl / same if same else None,
         "importance_mean": sums.importance / tokens,
+        "importance_bounded": sums.bounded / tokens,
+        "reference_kl": sums.reference_kl / tokens if config.algorithm.has_reference else None,
+        "variance": result.variance,
         "seconds": seconds,
         "learner_tokens_per_second": sums.tokens / busy if busy > 0 else 0.0,
     }

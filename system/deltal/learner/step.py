@@ -9,62 +9,72 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
-from deltal.algorithm.objective import importance_weight, per_token_loss
-from deltal.config import AlgorithmConfig, LearnerConfig
+from deltal.algorithm import engine_kl, importance_weight, kl_penalty, per_token_loss
+from deltal.algorithm.sketch import Sketcher
+from deltal.config import LearnerConfig
+from deltal.config_algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, PackedMicroBatch, pack
+from deltal.learner.head import shard_head
+from deltal.learner.snapshot import Snapshot
 
 
-def shard(model: torch.nn.Module, *, compute_dtype: torch.dtype, device: str) -> torch.nn.Module:
+def shard(
+    model: torch.nn.Module, *, compute_dtype: torch.dtype, device: str, cpu_offload: bool = False
+) -> torch.nn.Module:
     """FSDP2: each decoder layer, then the rest, over all ranks; gradients are summed over ranks.
 
     One rank in float32 has nothing to shard and nothing to cast: the model is returned as it is, which saves a copy of
-    all weights in every micro-batch. The process group must exist.
+    all weights in every micro-batch. `cpu_offload`: the model is on the CPU and stays there, a layer at a time is on
+    the GPU. The process group must exist.
     """
-    if dist.get_world_size() == 1 and compute_dtype == torch.float32:
+    if dist.get_world_size() == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return model
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for layer in model.get_submodule("model").get_submodule("layers").children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both are needed: the factor alone makes gloo fail in backward while its peers hang.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    shard_head(model)
     return model
 
 
-def forward(model: torch.nn.Module, micro: PackedMicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability, with gradient, and entropy, without, of each of the N trained tokens: float32[N] both.
+def forward(
+    model: torch.nn.Module, micro: PackedMicroBatch, temperature: float, *, chunk: int = 512,
+    sketcher: Sketcher | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability and entropy of each of the N trained tokens, float32[N], both with gradient.
 
-    Logits exist only where a response token is predicted.
+    Logits exist only where a response token is predicted, `chunk` tokens at a time. `sketcher` is shown the head.
     """
-    # A row with nothing to train still runs the model, so that all ranks meet in the same collectives.
-    predict_at = micro.predict_at if len(micro.predict_at) else torch.zeros(1, dtype=torch.int64)
-    output = model(
-        input_ids=micro.tokens[None],
-        attention_mask=micro.attention_mask(),
-        position_ids=micro.positions[None],
-        use_cache=False,
-        logits_to_keep=predict_at.to(micro.tokens.device),
-    )
-    logits = output.logits[0].float() / temperature
-    if not len(micro.target):
-        return logits.sum() * torch.zeros(0, device=logits.device), torch.zeros(0, device=logits.device)
-    log_sum = torch.logsumexp(logits, dim=-1)
-    logprob = logits.gather(-1, micro.target[:, None])[:, 0] - log_sum
-    with torch.no_grad():
-        entropy = log_sum - (torch.exp(logits - log_sum[:, None]) * logits).sum(-1)
+    observe = None
+    if sketcher is not None:
+
+        def observe(probabilities: Tensor, hidden: Tensor, target: Tensor, part: slice) -> None:
+            sketcher.add(probabilities, hidden, target, micro.place[part], temperature)
+
+    call: Any = model.token_logprobs
+    logprob, entropy = call(micro, temperature, chunk, observe)
     return logprob, entropy
 
 
@@ -77,46 +87,43 @@ class StepSums:
     entropy: float = 0.0
     clipped: float = 0.0
     importance: float = 0.0
+    bounded: float = 0.0
+    """Tokens whose importance weight was truncated or masked."""
+    reference_kl: float = 0.0
     same_version: float = 0.0
     """Tokens the learner's own version sampled: only there engine and learner must agree."""
     difference: float = 0.0
+    engine_kl: float = 0.0
     difference_max: float = 0.0
 
     def add(
-        self, micro: PackedMicroBatch, loss: Tensor, clipped: Tensor, weight: Tensor, entropy: Tensor,
-        logprob: Tensor, version: int,
+        self, micro: PackedMicroBatch, loss: Tensor, clipped: Tensor, weight: Tensor, bounded: Tensor, entropy: Tensor,
+        kl: Tensor, logprob: Tensor, version: int,
     ) -> None:  # fmt: skip
-        """Add one micro-batch's tokens."""
+        """Add one micro-batch's tokens; `logprob` is the learner's at the batch's start."""
         self.tokens += len(micro.target)
         self.loss += float(loss.detach())
-        self.entropy += float(entropy.sum())
+        self.entropy += float(entropy.detach().sum())
         self.clipped += float(clipped.sum())
         self.importance += float(weight.sum())
-        gap = (logprob.detach() - micro.old_logprob).abs()[micro.version == version]
+        self.bounded += float(bounded.sum())
+        self.reference_kl += float(kl.sum())
+        same = micro.version == version
+        gap = (logprob.detach() - micro.old_logprob).abs()[same]
         if len(gap):
             self.same_version += len(gap)
+            self.engine_kl += float(engine_kl(logprob, micro.old_logprob)[same].sum())
             self.difference += float(gap.sum())
             self.difference_max = max(self.difference_max, float(gap.max()))
 
     def reduced(self) -> StepSums:
         """The same over all ranks."""
-        sums = torch.tensor([
-            self.tokens, self.loss, self.entropy, self.clipped, self.importance, self.same_version, self.difference
-        ], dtype=torch.float64)  # fmt: skip
+        names = [one.name for one in fields(self) if one.name != "difference_max"]
+        sums = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
         largest = torch.tensor([self.difference_max], dtype=torch.float64)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        tokens, loss, entropy, clipped, importance, same_version, difference = sums.tolist()
-        return StepSums(
-            tokens=tokens,
-            loss=loss,
-            entropy=entropy,
-            clipped=clipped,
-            importance=importance,
-            same_version=same_version,
-            difference=difference,
-            difference_max=float(largest),
-        )
+        return StepSums(**dict(zip(names, sums.tolist(), strict=True)), difference_max=float(largest))
 
 
 @dataclass(kw_only=True)
@@ -129,54 +136,78 @@ class StepResult:
     clipped: bool = False
     skipped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    variance: dict[str, Any] = field(default_factory=dict)
+    """What the instrument read from the batch's sketches; empty when it was not sketched."""
 
 
 def accumulate(
     model: torch.nn.Module, micros: Sequence[PackedMicroBatch], proximal: Sequence[Tensor | None],
     algorithm: AlgorithmConfig, *, temperature: float, version: int, sums: StepSums,
+    reference: torch.nn.Module | None = None, chunk: int = 512, sketcher: Sketcher | None = None,
 ) -> None:  # fmt: skip
-    """Add the gradient of Σ c_i · w · objective over all tokens of `micros` to the model's.
+    """Add the gradient of Σ c_i · (w · objective + KL and entropy terms) over all tokens of `micros` to the model's.
 
     `proximal`: log-probability of each micro-batch's tokens at the batch's start; None: the weights are still those.
+    `reference`: the frozen model of the KL term, where there is one.
     """
     for micro, start in zip(micros, proximal, strict=True):
-        logprob, entropy = forward(model, micro, temperature)
+        with torch.no_grad():
+            reference_logprob = None if reference is None else forward(reference, micro, temperature, chunk=chunk)[0]
+        logprob, entropy = forward(model, micro, temperature, chunk=chunk, sketcher=sketcher)
         if not len(micro.target):
             logprob.sum().backward()  # type: ignore[no-untyped-call]
             continue
-        reference = logprob.detach() if start is None else start
-        objective, clipped = per_token_loss(logprob, reference, micro.advantage, algorithm.objective)
-        weight = importance_weight(reference, micro.old_logprob, algorithm.importance_cap)
-        loss = (micro.coefficient * weight * objective).sum()
+        at_start = logprob.detach() if start is None else start
+        objective, clipped = per_token_loss(logprob, at_start, micro.advantage, algorithm.objective, micro.place)
+        weight, bounded = importance_weight(at_start, micro.old_logprob, algorithm.importance, micro.place)
+        penalty, kl = kl_penalty(logprob, reference_logprob, algorithm.kl)
+        per_token = weight * objective + penalty
+        if algorithm.entropy_coefficient:
+            per_token = per_token - algorithm.entropy_coefficient * entropy
+        loss = (micro.coefficient * per_token).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        sums.add(micro, loss, clipped, weight, entropy, reference, version)
+        sums.add(micro, loss, clipped, weight, bounded, entropy, kl, at_start, version)
 
 
 def train_batch(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, cut: Sequence[Sequence[Item]],
     algorithm: AlgorithmConfig, settings: LearnerConfig, *, temperature: float, version: int,
+    reference: torch.nn.Module | None = None, sketcher: Sketcher | None = None,
 ) -> StepResult:  # fmt: skip
-    """All optimizer steps of one batch, one a mini-batch of `cut`.
+    """All optimizer steps of one batch, one a mini-batch of `cut`. `reference`: the frozen model of the KL term.
 
-    A non-finite gradient skips what is left of the batch on all ranks alike: its norm is the same number everywhere.
+    A loss or gradient that is not finite on any rank skips the batch on all: weights and optimizer are as before it,
+    also those that earlier mini-batches had changed.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    device = next(model.parameters()).device
-    packed = [pack(items, budget=settings.micro_batch_tokens, ranks=ranks)[rank] for items in cut]
+    # Not the parameters' own: with `cpu_offload` they wait elsewhere.
+    device = torch.device("cuda" if settings.num_gpus > 0 else "cpu")
+    keep_all = algorithm.trains_every_response
+    packed = [pack(items, budget=settings.micro_batch_tokens, ranks=ranks, keep_all=keep_all)[rank] for items in cut]
     packed = [[_moved(micro, device) for micro in micros] for micros in packed]
     result = StepResult(sums=StepSums())
     started = time.monotonic()
     proximal: list[list[Tensor | None]] = [[None] * len(micros) for micros in packed]
     if len(packed) > 1:
         with torch.no_grad():
-            proximal = [[forward(model, micro, temperature)[0] for micro in micros] for micros in packed]
+            proximal = [
+                [forward(model, micro, temperature, chunk=settings.logit_chunk_tokens)[0] for micro in micros]
+                for micros in packed
+            ]
+    # The first mini-batch changes nothing before it is known to be finite: alone it needs no way back.
+    before = Snapshot(model, optimizer) if len(packed) > 1 else None
     for micros, starts in zip(packed, proximal, strict=True):
         optimizer.zero_grad(set_to_none=True)
-        accumulate(model, micros, starts, algorithm, temperature=temperature, version=version, sums=result.sums)
+        accumulate(
+            model, micros, starts, algorithm, temperature=temperature, version=version, sums=result.sums,
+            reference=reference, chunk=settings.logit_chunk_tokens, sketcher=sketcher,
+        )  # fmt: skip
         norm = grad_norm(model.parameters())
         result.grad_norms.append(norm)
-        if not math.isfinite(norm):
+        if not _is_finite(result.sums.loss, norm):
             result.skipped = True
+            if before is not None:
+                before.restore()
             break
         step_started = time.monotonic()
         result.clipped |= clip(model.parameters(), norm, settings.max_grad_norm)
@@ -186,6 +217,13 @@ def train_batch(
     result.sums = result.sums.reduced()
     result.seconds["forward_backward"] = time.monotonic() - started - result.seconds.get("optimizer", 0.0)
     return result
+
+
+def _is_finite(loss: float, norm: float) -> bool:
+    """Whether every rank's loss and the gradient's norm are finite; the same answer on all ranks."""
+    finite = torch.tensor(float(math.isfinite(loss) and math.isfinite(norm)))
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def grad_norm(parameters: Iterator[torch.nn.Parameter]) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -187,6 +188,34 @@ class LearnerMetrics(RoleMetrics):
         self.steps_skipped = self._counter("steps_skipped", "Steps with a non-finite loss or gradient")
         self.grad_clipped = self._counter("grad_clipped", "Steps whose gradient was clipped")
         self.seconds = self._histogram("seconds", "Time of a step, by phase", LONG, ["phase"])
+        self.alpha = self._gauge("alpha", "Exponent of delta_l in the last batch")
+        self.beta = self._gauge("beta", "Fitted growth of gradient variance with length, smoothed over batches")
+        self.beta_half_width = self._gauge("beta_half_width", "Half width of beta's 95% interval")
+        self.method_scale = self._gauge("method_scale", "Sum of coefficients times M: 1 is unbiased", ["method"])
+        self.method_relative_variance = self._gauge(
+            "method_relative_variance", "Variance the method's update would have had, dr_grpo = 1", ["method"]
+        )
+        self.method_cosine = self._gauge(
+            "method_cosine", "Cosine of the method's update with the batch's plain mean gradient", ["method"]
+        )
+        self.method_positive = self._gauge(
+            "method_positive", "Share of token mass the method gives to positive advantages", ["method"]
+        )
+
+    def observe_variance(self, told: Mapping[str, Any]) -> None:
+        """Take a row's `variance`; what could not be told keeps its last value."""
+        for name, key in (("alpha", "alpha"), ("beta", "beta_smoothed"), ("beta_half_width", "beta_half_width")):
+            if told.get(key) is not None:
+                getattr(self, name).set(told[key])
+        for method, row in told.get("methods", {}).items():
+            for gauge, key in (
+                (self.method_scale, "scale"),
+                (self.method_relative_variance, "relative_variance"),
+                (self.method_cosine, "cosine"),
+                (self.method_positive, "positive"),
+            ):
+                if row[key] is not None:
+                    gauge.labels(method=method).set(row[key])
 
 
 class PolicyMetrics(RoleMetrics):

@@ -278,8 +278,47 @@ HEALTH = (
         (("{{actor}}", f"sum by (actor) (rate({_of('process_cpu_seconds_total')}[$__rate_interval]))"),),
     ),
 )
+VARIANCE = (
+    Chart(
+        "What each aggregation would have done: variance",
+        "Variance of the update on the batches of this run, from sketches of each response's gradient; equal "
+        "coefficients (dr_grpo) are 1. Lower is better.",
+        "short",
+        (("{{method}}", f"max by (method) ({_of('learner_method_relative_variance')})"),),
+    ),
+    Chart(
+        "What each aggregation would have done: scale",
+        "Sum of the coefficients times M. 1 is unbiased; a method away from 1 changes its step with the lengths.",
+        "short",
+        (("{{method}}", f"max by (method) ({_of('learner_method_scale')})"),),
+    ),
+    Chart(
+        "What each aggregation would have done: direction",
+        "Cosine of the method's update with the batch's plain mean gradient.",
+        "short",
+        (("{{method}}", f"max by (method) ({_of('learner_method_cosine')})"),),
+    ),
+    Chart(
+        "Token mass of right answers",
+        "Share of Σ c L |A| that goes to positive advantages: a length weight shifts it when wrong answers are longer.",
+        "percentunit",
+        (("{{method}}", f"max by (method) ({_of('learner_method_positive')})"),),
+    ),
+    Chart(
+        "β and α",
+        "How fast gradient variance grows with length, fitted and smoothed over batches, its 95% interval's half "
+        "width, and the exponent used.",
+        "short",
+        (
+            ("β", _now("learner_beta")),
+            ("half width", _now("learner_beta_half_width")),
+            ("α", _now("learner_alpha")),
+        ),
+    ),
+)
 ROWS: dict[str, tuple[Chart, ...]] = {
     "Training": TRAINING,
+    "Variance": VARIANCE,
     "Rollout": ROLLOUT,
     "Queues and staleness": QUEUES,
     "Replay ledger": LEDGER,

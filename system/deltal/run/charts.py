@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from deltal.run.rows import Row, at, column, interval, items, number
 
-PHASES = ("wait", "assemble", "forward_backward", "optimizer", "publish", "checkpoint")
-EXPONENTS = {"dr_grpo": 0.0, "dapo": 0.0, "grpo": 1.0}
+PHASES = ("wait", "assemble", "forward_backward", "optimizer", "instrument", "publish", "checkpoint")
+EXPONENTS = {"dr_grpo": 0.0, "dapo": 0.0, "sequence_sum": 0.0, "grpo": 1.0}
 """How a token coefficient falls with length, c ∝ L^-exponent; delta_l's is its α."""
 # `none` keeps text as text (small files), a fixed salt makes equal runs give equal reports.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "deltal", "axes.spines.top": False, "axes.spines.right": False}
@@ -143,6 +143,28 @@ def throughput(rows: Sequence[Row]) -> str:
     """Tokens a second of the rollout fleet and of the learner."""
     named = {"rollout": ("rollout_tokens_per_second",), "learner": ("learner_tokens_per_second",)}
     return draw(lines(rows, named, "tokens a second"))
+
+
+def variance(rows: Sequence[Row]) -> str:
+    """What each aggregation's update would have varied, dr_grpo = 1."""
+    tellings = [at(row, "variance", "methods") for row in rows]
+    methods = sorted({method for told in tellings if isinstance(told, Mapping) for method in told})
+    named = {method: ("variance", "methods", method, "relative_variance") for method in methods}
+    return draw(lines(rows, named, "variance of the update / dr_grpo"))
+
+
+def beta(rows: Sequence[Row]) -> str:
+    """β of each batch with its interval, smoothed, and the α used."""
+
+    def paint(axes: Axes) -> None:
+        steps, fitted = np.array(column(rows, "step")), np.array(column(rows, "variance", "beta"))
+        ends = np.array([interval(at(row, "variance", "beta_interval_95")) for row in rows]).reshape(-1, 2)
+        known = ~np.isnan(fitted)
+        reach = np.abs(ends - fitted[:, None])[known].T
+        axes.errorbar(steps[known], fitted[known], yerr=reach, fmt="o", markersize=3, alpha=0.5, label="β of the batch")
+        lines(rows, {"β smoothed": ("variance", "beta_smoothed"), "α": ("variance", "alpha")}, "exponent")(axes)
+
+    return draw(paint)
 
 
 def staleness(rows: Sequence[Row]) -> str:

@@ -118,6 +118,10 @@ class Controller:
         self._observer.take_row(row)
         await asyncio.to_thread(self._folder.append_rows, "metrics.jsonl", [row])
 
+    async def checkpoints_to_keep(self) -> list[int]:
+        """Versions whose checkpoints stay however old they get: the best so far, and the one under evaluation."""
+        return self._observer.checkpoints_to_keep()
+
     async def pids(self) -> dict[str, int]:
         """Process ids of all actors by name, on their nodes."""
         return await self._supervisor.pids()
@@ -194,9 +198,12 @@ class Controller:
         self._slots_may_be_free.set()
         while not learner.done():
             await self._unless_stopped(asyncio.wait([learner], timeout=0.5))
+            if during is not None and during.done():
+                await during  # Raises what went wrong with it.
+                during = None
             version = self._observer.policy_version
             is_due = bool(every and self._held_out) and version // max(every, 1) > evaluated // max(every, 1)
-            if is_due and version < self._config.run.steps and (during is None or during.done()):
+            if is_due and version < self._config.run.steps and during is None:
                 evaluated = version
                 during = asyncio.create_task(self._evaluate("during"))
         self._is_admitting = False
@@ -228,7 +235,7 @@ class Controller:
             label, newest, self._held_out, self._config
         )
         await self._put(list(evaluation.requests.values()))
-        limit = self._config.evaluation.deadline
+        limit, began = self._config.evaluation.deadline, time.time()
         deadline = time.monotonic() + limit
         while not evaluation.is_complete:
             await self._unless_stopped(asyncio.sleep(0.1))
@@ -237,8 +244,9 @@ class Controller:
                     f"the evaluation waited {limit:.0f} s for {len(evaluation.requests) - len(evaluation.results)} of "
                     f"{len(evaluation.requests)} prompts; {self._supervisor.count('rollout')} workers are alive"
                 )
-        self._evaluation = self._observer.evaluation = None
-        row = evaluation.row()
+        self._evaluation = None
+        row = {"time": began, "seconds": time.time() - began} | await asyncio.to_thread(evaluation.row)
+        self._observer.evaluation = None
         self._observer.take_evaluation(row)
         self._folder.append_rows("evaluations.jsonl", [row])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ class Evaluation:
     """`before`, `after` or `during`."""
     version: int
     """Policy version when it began."""
+    checkpoint: int | None
+    """Version of the checkpoint that was made for it: `version`, or a few steps before; None for the start model."""
     requests: dict[GroupId, RolloutRequest] = field(default_factory=dict)
     results: dict[GroupId, ScoredGroup] = field(default_factory=dict)
 
@@ -40,7 +43,9 @@ class Evaluation:
                 temperature=rollout.temperature if settings.temperature is None else settings.temperature,
                 max_tokens=rollout.max_response_tokens,
             )
-        return Evaluation(label=label, version=version, requests=requests)
+        every = settings.every or 1
+        checkpoint = {"before": None, "after": version}.get(label, version // every * every)
+        return Evaluation(label=label, version=version, checkpoint=checkpoint, requests=requests)
 
     def take(self, scored: ScoredGroup) -> None:
         """Keep a result of this evaluation; others and second deliveries are ignored."""
@@ -68,7 +73,8 @@ class Evaluation:
         return len(self.results) == len(self.requests)
 
     def row(self) -> dict[str, Any]:
-        """The result for evaluations.jsonl: accuracy in [0, 1] with its interval, and each prompt's own.
+        """The result for evaluations.jsonl: accuracy (avg@n) in [0, 1] with its interval, and each prompt's own; pass@k
+        by k = 1, 2, 4 … n, with intervals.
 
         A prompt longer than the limit has no response and counts as wrong.
         """
@@ -79,14 +85,44 @@ class Evaluation:
         return {
             "label": self.label,
             "version": self.version,
+            "checkpoint": self.checkpoint,
             "prompts": len(ordered),
             "accuracy": float(np.mean(correct)) if correct else None,
             "interval_95": mean_interval(correct) if correct else None,
+            "pass_at": pass_at([(len(s.verdicts), sum(v.correct for v in s.verdicts)) for s in ordered]),
             "versions": sorted({span.version for span in spans}),
             "response_length": float(np.mean(lengths)) if lengths else None,
             "too_long": sum(not s.verdicts for s in ordered),
             "correct": correct,
         }
+
+
+def pass_at_k(responses: int, correct: int, k: int) -> float:
+    """Chance that at least one of k responses drawn without replacement is right: 1 - C(n - c, k) / C(n, k).
+
+    The unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374) for k ≤ n; 0 for a prompt without responses.
+    """
+    return 1.0 - math.comb(responses - correct, k) / math.comb(responses, k) if responses >= k else 0.0
+
+
+def pass_at(counts: Sequence[tuple[int, int]]) -> dict[str, dict[str, Any]]:
+    """`value` and `interval_95` of pass@k over prompts, by k = 1, 2, 4 … n; `counts`: (responses, correct) a prompt."""
+    most = max((responses for responses, _ in counts), default=0)
+    found = {}
+    for k in (2**power for power in range(most.bit_length())):
+        each = [pass_at_k(responses, correct, k) for responses, correct in counts]
+        found[str(k)] = {"value": float(np.mean(each)), "interval_95": mean_interval(each)}
+    return found
+
+
+def best_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`version` of the checkpoint with the highest held-out accuracy and that `accuracy`; the earlier one of equals.
+
+    None before the first evaluation that a checkpoint was made for.
+    """
+    rated = [row for row in rows if row.get("checkpoint") is not None and row.get("accuracy") is not None]
+    best = max(rated, key=lambda row: row["accuracy"], default=None)
+    return {"version": best["checkpoint"], "accuracy": best["accuracy"]} if best else None
 
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> list[float]:

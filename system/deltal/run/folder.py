@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -119,6 +120,12 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The run's resolved settings."""
         return RunConfig.model_validate(yaml.safe_load(self.read("config.yaml")))
+
+    def replace_config(self, config: RunConfig) -> None:
+        """Write other settings; those before stay as config.1.yaml, config.2.yaml, …"""
+        number = next(n for n in itertools.count(1) if not self.exists(f"config.{n}.yaml"))
+        self.write(f"config.{number}.yaml", self.read("config.yaml"))
+        self.write_config(config)
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved settings."""

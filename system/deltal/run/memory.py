@@ -75,9 +75,16 @@ def learner_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
             recomputed=config.learner.activation_checkpointing,
         ),
     }
+    if config.algorithm.mini_batches > 1:
+        parts["snapshot"] = 12 * parameters // ranks  # What a skipped batch goes back to.
     if ranks > 1:
         parts["gathered layer"] = BYTES[config.learner.compute_dtype] * largest_unit(shape)
     return parts
+
+
+def checkpoint_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Of one rank, in the machine's memory: weights and moments that are being written while training goes on."""
+    return 12 * parameter_count(shape) // config.learner.ranks
 
 
 def largest_unit(shape: ModelShape) -> int:

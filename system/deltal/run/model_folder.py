@@ -13,6 +13,8 @@ from deltal.config import GgufPackageModel, HfModel, ModelShape, RandomModel
 from deltal.errors import ModelError
 
 WEIGHTS = ("*.safetensors", "*.bin")
+ADAPTER = "adapter_config.json"
+"""The file by which a folder is a LoRA adapter."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -28,6 +30,11 @@ def check_model_folder(path: str) -> None:
         return
     if not folder.is_dir():
         raise ModelError(f"model.path = {path!r} is a file: give the folder that holds it")
+    if (folder / ADAPTER).is_file():
+        if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+            raise ModelError(f"model.path = {path!r} is a LoRA adapter without weights: no adapter_model.safetensors")
+        check_model_folder(base_of(folder))
+        return
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.path = {path!r} lacks config.json: it is no Hugging Face model folder")
     read_config(folder)
@@ -46,19 +53,29 @@ def model_shape(model: HfModel | GgufPackageModel | RandomModel, folder: str | N
         return model.shape
     if folder is None and isinstance(model, HfModel):
         folder = model.path
+    if folder is not None and (Path(folder).expanduser() / ADAPTER).is_file():
+        folder = base_of(Path(folder).expanduser())
     if folder is None or not (Path(folder).expanduser() / "config.json").is_file():
         return None
     return shape_of(read_config(Path(folder).expanduser()))
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
+def base_of(adapter: Path) -> str:
+    """Folder or hub name of the model that a LoRA adapter belongs to. Raises ModelError when it names none."""
+    base = read_config(adapter, ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{adapter / ADAPTER} names no base_model_name_or_path")
+    return base
+
+
+def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     """The folder's config.json. Raises ModelError when it is no JSON object."""
     try:
-        facts = json.loads((folder / "config.json").read_text())
+        facts = json.loads((folder / name).read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        raise ModelError(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(facts, Mapping):
-        raise ModelError(f"{folder / 'config.json'} is no JSON object")
+        raise ModelError(f"{folder / name} is no JSON object")
     return facts
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltal.config import RunConfig
 from deltal.monitor.metrics import ControllerMetrics
-from deltal.run.evaluation import Evaluation, paired_gain
+from deltal.run.evaluation import Evaluation, best_of, paired_gain
 from deltal.run.folder import RunFolder
 from deltal.run.rows import last_rows
 from deltal.run.supervisor import Supervisor
@@ -99,6 +99,12 @@ class Observer:
         self.evaluations.append(row)
         self.metrics.evaluation_accuracy.set(row["accuracy"] or 0.0)
 
+    def checkpoints_to_keep(self) -> list[int]:
+        """Versions of the best checkpoint so far and of the one under evaluation."""
+        best, now = best_of(self.evaluations), self.evaluation
+        found = [best["version"] if best else None, now.checkpoint if now else None]
+        return [version for version in found if version is not None]
+
     def status(self) -> dict[str, Any]:
         """Facts for the progress display, the live page and `deltal status`; values may be None."""
         row = self._rows[max(self._rows)] if self._rows else {}
@@ -152,6 +158,8 @@ class Observer:
             "method": aggregation.kind,
             "alpha": getattr(aggregation, "alpha", None),
             "evaluations": [{k: v for k, v in row.items() if k != "correct"} for row in self.evaluations],
+            "best": best_of(self.evaluations),
+            "forked_from": self._config.run.forked_from,
             "reasons": self._replay.get("reasons"),
             "duplicates": self._replay.get("duplicates"),
             "skipped": self._replay.get("skipped"),

@@ -1,4 +1,4 @@
-"""Evaluation of a model folder on a data set, in this process, without Ray: `deltal eval`."""
+"""Rollouts of a model folder on a data set, in this process, without Ray: `deltal eval` and `deltal variance`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,25 @@ from deltal.rollout.engine import Sampling
 from deltal.run.evaluation import mean_interval
 from deltal.run.folder import RunFolder
 from deltal.run.model_folder import check_model_folder
-from deltal.types import Prompt
+from deltal.types import Group, GroupId, Prompt, Response, ScoredGroup, Span
+from deltal.verify.judge import judge
 from deltal.verify.sandbox import SandboxPool
 
 
-def evaluate(
-    model: str, prompts: Sequence[Prompt], config: RunConfig, *, responses: int, advance: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """avg@k over prompts with its 95% interval. `config` gives chat, sampling and verification settings.
+def sample(
+    model: str, prompts: Sequence[Prompt], config: RunConfig, *, responses: int, temperature: float,
+    advance: Callable[[int, int], None],
+) -> list[ScoredGroup]:  # fmt: skip
+    """`responses` verified responses to each prompt, in the prompts' order; none to one that is over the limit.
 
-    `advance(done, of)` is called as responses finish. Overlong responses and prompts over the limit count as wrong.
+    `config` gives chat, sampling and verification settings. `advance(done, of)` is called as responses finish.
     """
     from deltal.rollout import vllm_engine
 
-    rollout, chat = config.rollout, Chat(model, config.chat)
-    limit, temperature = config.chat.max_prompt_tokens, config.evaluation.temperature
-    if temperature is None:
-        temperature = rollout.temperature
+    rollout, chat, limit = config.rollout, Chat(model, config.chat), config.chat.max_prompt_tokens
     engine = vllm_engine.create(model, rollout, max_model_len=limit + rollout.max_response_tokens, seed=config.run.seed)
-    texts: dict[str, str | None] = {}
-    lengths = []
-    for i, prompt in enumerate(prompts):
-        tokens = chat.encode(prompt)
+    encoded = [chat.encode(prompt) for prompt in prompts]
+    for i, tokens in enumerate(encoded):
         for r in range(responses if len(tokens) <= limit else 0):
             sampling = Sampling(
                 temperature=temperature,
@@ -45,34 +42,61 @@ def evaluate(
                 stop_token_ids=chat.stop_token_ids,
             )
             engine.add(f"{i}#{r}", tokens, sampling)
-    total = engine.running
+    total, finished = engine.running, {}
     while engine.running:
         for sampled in engine.step():
-            is_whole = sampled.finish == "stop" or config.verify.overlong == "verify"
-            texts[sampled.key] = chat.decode(sampled.tokens) if is_whole else None
-            lengths.append(len(sampled.tokens))
+            finished[sampled.key] = Response(
+                tokens=sampled.tokens, logprobs=sampled.logprobs, mask=np.ones(len(sampled.tokens), dtype=np.bool_),
+                spans=sampled.spans or (Span(start=0, version=0),), finish=sampled.finish,
+                text=chat.decode(sampled.tokens),
+            )  # fmt: skip
         advance(total - engine.running, total)
-    keys = [key for key, text in texts.items() if text is not None]
+    groups = [
+        Group(
+            id=GroupId(purpose="eval", epoch=0, index=i), prompt=prompt, issued_version=0, worker="", seconds=0.0,
+            prompt_tokens=tokens,
+            responses=tuple(finished[f"{i}#{r}"] for r in range(responses) if f"{i}#{r}" in finished),
+        )
+        for i, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))
+    ]  # fmt: skip
     settings = config.verify
     with SandboxPool(processes=settings.processes, timeout=settings.timeout, memory_mib=settings.memory_mib) as pool:
-        verdicts = pool.verify_many([(prompts[int(key.split("#")[0])], texts[key] or "") for key in keys])
-    correct = np.zeros(len(prompts))
-    for key, verdict in zip(keys, verdicts, strict=True):
-        correct[int(key.split("#")[0])] += verdict.correct / responses
+        limit = rollout.max_response_tokens
+        return [ScoredGroup(group=g, verdicts=tuple(judge(pool, g, settings, limit=limit))) for g in groups]
+
+
+def evaluate(
+    model: str, prompts: Sequence[Prompt], config: RunConfig, *, responses: int, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """avg@k over prompts with its 95% interval. Overlong responses and prompts over the limit count as wrong."""
+    temperature = config.evaluation.temperature
+    if temperature is None:
+        temperature = config.rollout.temperature
+    scored = sample(model, prompts, config, responses=responses, temperature=temperature, advance=advance)
+    correct = [sum(verdict.correct for verdict in one.verdicts) / responses for one in scored]
+    written = [response for one in scored for response in one.group.responses]
     return {
         "model": model,
         "prompts": len(prompts),
         "responses_per_prompt": responses,
-        "accuracy": float(correct.mean()),
-        "interval_95": mean_interval(correct.tolist()),
-        "response_length": float(np.mean(lengths)) if lengths else None,
-        "overlong": sum(text is None for text in texts.values()),
-        "prompts_too_long": len(prompts) - total // max(responses, 1),
+        "accuracy": float(np.mean(correct)),
+        "interval_95": mean_interval(correct),
+        "response_length": float(np.mean([r.length for r in written])) if written else None,
+        "overlong": sum(response.finish == "length" for response in written),
+        "prompts_too_long": sum(not one.group.responses for one in scored),
     }
 
 
 def model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]:
-    """The model folder and the settings to evaluate it with. Raises UserError, ModelError, ConfigError."""
+    """The model folder and the settings to sample it with; `model` may be a config, whose start model is meant.
+
+    Raises UserError, ModelError, ConfigError.
+    """
+    if model.endswith((".yaml", ".yml")):
+        from deltal.learner.model import prepare
+
+        settings = load_config(model)
+        return prepare(settings.model), settings
     try:
         folder = RunFolder.find(model)
     except RunNotFoundError:

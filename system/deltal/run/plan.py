@@ -192,6 +192,8 @@ def _rollout(config: RunConfig, shape: ModelShape | None) -> ActorPlan:
 def _learner(config: RunConfig, shape: ModelShape | None) -> ActorPlan:
     room = config.learner
     process = {"process": PROCESS_GIB["learner"]}
+    if shape is not None:
+        process["checkpoint copy"] = memory.checkpoint_copy_bytes(config, shape) / GIB
     parts = _gib(memory.learner_bytes(config, shape)) if shape is not None else {}
     on_gpu = room.num_gpus > 0
     return ActorPlan(

@@ -154,6 +154,11 @@ def _figures(rows: list[Row], summary: Row) -> list[str]:
             "the samples).",
         ),
         (charts.gradient(rows), "Gradient norm before the clip; triangles: clipped steps, dotted: skipped ones."),
+        (
+            charts.variance(rows),
+            "Variance each aggregation's update would have had on these batches, from sketched gradients; dr_grpo = 1.",
+        ),
+        (charts.beta(rows), "β of each batch with its 95% interval, smoothed, and the α that was used."),
         (charts.throughput(rows), "Throughput of rollout and learner."),
         (charts.staleness(rows), "Staleness of the batches."),
         (charts.phases(rows), "Where each step's time went."),

@@ -208,8 +208,8 @@ class Supervisor:
             .options(num_cpus=settings.num_cpus, max_concurrency=8)
             .remote(
                 name=name, run=self._run, settings=settings, lease_seconds=self._config.replay.lease_seconds,
-                rollouts=self.services["rollout"], replay=self.services["replay"], controller=self._controller,
-                **self._common,
+                max_response_tokens=self._config.rollout.max_response_tokens, rollouts=self.services["rollout"],
+                replay=self.services["replay"], controller=self._controller, **self._common,
             )
         )  # fmt: skip
 

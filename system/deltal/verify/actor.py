@@ -16,7 +16,8 @@ from deltal.config import VerifyConfig
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import VerifyMetrics
 from deltal.queues.object_queue import get_by
-from deltal.types import Group, Lease, Response, ScoredGroup, Verdict
+from deltal.types import Group, Lease, ScoredGroup, Verdict
+from deltal.verify.judge import judge
 from deltal.verify.sandbox import SandboxPool
 
 RPC_SECONDS = 60.0
@@ -26,11 +27,11 @@ class Verifier:
     """Threaded Ray actor. `run` lasts until `stop`; its failure is the Verifier's failure."""
 
     def __init__(
-        self, *, name: str, run: str, settings: VerifyConfig, lease_seconds: float, rollouts: Any, replay: Any,
-        controller: Any, host: str, token: str | None,
+        self, *, name: str, run: str, settings: VerifyConfig, max_response_tokens: int, lease_seconds: float,
+        rollouts: Any, replay: Any, controller: Any, host: str, token: str | None,
     ) -> None:  # fmt: skip
         self.name = name
-        self._settings, self._lease_seconds = settings, lease_seconds
+        self._settings, self._limit, self._lease_seconds = settings, max_response_tokens, lease_seconds
         self._rollouts, self._replay, self._controller = rollouts, replay, controller
         self._held: dict[str, Any] = {}
         self._stopping = threading.Event()
@@ -79,26 +80,13 @@ class Verifier:
         self._metrics.groups.inc()
 
     def _judge(self, pool: SandboxPool, group: Group) -> list[Verdict]:
-        """One verdict a response; an overlong response is wrong unless the settings say otherwise."""
-        task = group.prompt.task
-        judged: list[Verdict | None] = [self._overlong(response) for response in group.responses]
-        open = [i for i, verdict in enumerate(judged) if verdict is None]
-        started = time.monotonic()
-        for i, verdict in zip(
-            open, pool.verify_many([(group.prompt, group.responses[i].text) for i in open]), strict=True
-        ):
-            judged[i] = verdict
-        if open:
-            self._metrics.seconds.labels(task=task).observe((time.monotonic() - started) / len(open))
-        verdicts = [verdict for verdict in judged if verdict is not None]
+        task, started = group.prompt.task, time.monotonic()
+        verdicts = judge(pool, group, self._settings, limit=self._limit)
+        if verdicts:
+            self._metrics.seconds.labels(task=task).observe((time.monotonic() - started) / len(verdicts))
         for verdict in verdicts:
             self._metrics.verdicts.labels(task=task, reason=verdict.reason).inc()
         return verdicts
-
-    def _overlong(self, response: Response) -> Verdict | None:
-        if response.finish == "length" and self._settings.overlong == "wrong":
-            return Verdict(reward=0.0, correct=False, parsed=None, reason="overlong", seconds=0.0)
-        return None
 
     def _renew(self) -> None:
         """Renew leases while a long verification runs."""

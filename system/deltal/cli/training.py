@@ -1,0 +1,171 @@
+"""Verbs that train: train, resume, submit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltal.cli.app import RUNNING, Address, ConfigPath, Json, Overrides, Run, app, err, out
+from deltal.config import RunConfig
+from deltal.config_file import load_config
+from deltal.errors import ConfigError, UserError
+
+
+@app.command(rich_help_panel=RUNNING)
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="validate, print actors and resources, start nothing")
+    ] = False,
+    begin_from: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[:STEP]", help="begin from the weights of another run")
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model: [bold]deltal train configs/demo.yaml learner.learning_rate=1e-5[/]."""
+    from deltal.run import fork
+    from deltal.run.folder import RunFolder, runs_root
+    from deltal.run.plan import plan
+
+    settings = _named(load_config(config, overrides or []), run or None, Path(config).stem)
+    source = fork.find_source(begin_from) if begin_from else None
+    if source is not None:
+        settings = fork.planned(settings, source)
+    if dry_run:
+        planned = plan(settings)
+        out.print(planned.table())
+        out.print(f"{config} is valid; nothing was started")
+        return
+    folder = RunFolder(f"{runs_root(settings)}/{settings.run.name}")
+    if folder.exists("config.yaml"):
+        _refuse_if_alive(folder)
+        raise UserError(
+            f"{folder.url} holds a run already: `deltal resume {folder.name}`, or choose another --run name"
+        )
+    _check(settings, local=address is None)
+    folder.make()
+    if source is not None:
+        settings = fork.begin(settings, source, folder)
+    folder.write_config(settings)
+    _drive(settings, folder, address, as_json)
+
+
+@app.command(rich_help_panel=RUNNING)
+def resume(run: Run, overrides: Overrides = None, address: Address = None, as_json: Json = False) -> None:
+    """Go on with a stopped or killed run: nothing is lost, nothing trained twice.
+
+    Settings that do not change what is trained may change: [bold]deltal resume RUN run.steps=200 learner.ranks=2[/].
+    """
+    from deltal.run.amend import amended
+    from deltal.run.folder import RunFolder
+
+    folder = RunFolder.find(run)
+    _refuse_if_alive(folder)
+    summary = folder.read_json("summary.json") or {}
+    before, done = folder.config(), int(summary.get("policy_version") or 0)
+    settings = amended(before, overrides or [], done=done)
+    if summary.get("state") == "done" and settings.run.steps <= done:
+        raise UserError(f"{folder.name} is done; there is nothing to resume (run.steps=N with a larger N goes on)")
+    _check(settings, local=address is None)
+    if settings != before:
+        folder.replace_config(settings)
+    _drive(settings, folder, address, as_json)
+
+
+@app.command(rich_help_panel=RUNNING)
+def submit(
+    config: ConfigPath,
+    address: Annotated[str, typer.Option(help="the cluster's dashboard, e.g. http://127.0.0.1:8265")],
+    overrides: Overrides = None,
+    run: Annotated[str | None, typer.Option(help="name of the run's folder")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="show the job's log and wait for its end")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a run as a Ray job, so that it outlives this terminal."""
+    import os
+
+    from deltal.run.folder import runs_root
+    from deltal.run.submit import follow
+    from deltal.run.submit import submit as submit_job
+
+    settings = _named(load_config(config, overrides or []), run, Path(config).stem)
+    root = runs_root(settings)
+    environment = {"DELTAL_RUNS": root if "://" in root else str(Path(root).absolute())}
+    environment |= {name: os.environ[name] for name in ("DELTAL_DATA", "DELTAL_TOKEN") if name in os.environ}
+    name = str(settings.run.name)
+    client, job = submit_job(settings, address=address, run=name, environment=environment)
+    if as_json:
+        out.print_json(data={"job": job, "run": name, "address": address})
+    else:
+        out.print(f"job {job} trains run {name}; `deltal status {name}` where the run folder is, "
+                  f"`ray job logs {job} --address {address}` anywhere")  # fmt: skip
+    if wait:
+        state = follow(client, job, lambda text: out.print(text, markup=False, highlight=False, end=""))
+        if state != "SUCCEEDED":
+            raise typer.Exit(1)
+
+
+def _named(settings: RunConfig, run: str | None, stem: str) -> RunConfig:
+    """The settings with a run name: the option's, the file's, or one made of the file's name and the time."""
+    name = run or settings.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    values = settings.model_dump(mode="json")
+    values["run"]["name"] = name
+    try:
+        return RunConfig.model_validate(values)
+    except ValueError:
+        raise ConfigError(f"run name {name!r}: letters, digits, dots, dashes and underscores, please") from None
+
+
+def _check(settings: RunConfig, *, local: bool) -> None:
+    """What can be known to be wrong before anything starts. Raises a UserError."""
+    from deltal.data.datasets import load_prompts
+    from deltal.run.model_folder import check_model_folder
+    from deltal.run.plan import check, machine
+
+    if settings.model.kind == "hf":
+        check_model_folder(settings.model.path)
+    load_prompts(settings.data)
+    if settings.evaluation.data is not None:
+        load_prompts(settings.evaluation.data)
+    if local:
+        check(settings, machine())
+
+
+def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:
+    """Run it, show it, tell the outcome; the error's own exit code when it failed."""
+    import os
+
+    if address is None:
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # Before ray is imported: only this user may join the local Ray.
+    from deltal.run.driver import drive
+    from deltal.run.plan import plan
+    from deltal.run.terminal import display, tell_outcome
+
+    with display(out, folder, silent=as_json) as show:
+        summary = drive(settings, folder, plan(settings), address=address, show=show)
+    if as_json:
+        out.print_json(data=summary)
+    else:
+        tell_outcome(out, err, folder, summary)
+    if summary["state"] == "failed":
+        raise typer.Exit(summary["exit_code"])
+
+
+def _refuse_if_alive(folder: Any) -> None:
+    from deltal.errors import RunInUseError
+    from deltal.run.attach import is_alive
+
+    if is_alive(folder):
+        held = folder.read_json("lock.json")
+        raise RunInUseError(
+            f"{folder.name} is in use by process {held['pid']} on {held['host']}: `deltal stop {folder.name}` first, "
+            "or choose another --run name"
+        )

@@ -1,0 +1,101 @@
+"""Attention of a packed row on CPU: block by block, so that what may not be seen is not computed at all.
+
+A segment is a prompt and its responses. Three kinds of block: the prompt on itself and each response on itself, both
+causal, and all responses on the prompt, whole. A response's two results are one softmax, joined by their log-sum-exps;
+backward goes through each block alone, given the joined ones. No mask is made, and nothing of size T² is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltal.errors import ModelError
+
+_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Places in a row: the prompt is start … prompt_end, the responses follow one after the other."""
+
+    start: int
+    prompt_end: int
+    ends: tuple[int, ...]
+    """Of each response."""
+
+    def blocks(self) -> Iterator[tuple[slice, slice, bool]]:
+        """Queries, keys, and whether the block is causal; a response's own block comes after that on the prompt."""
+        prompt = slice(self.start, self.prompt_end)
+        yield prompt, prompt, True
+        if self.ends:
+            yield slice(self.prompt_end, self.ends[-1]), prompt, False
+        for start, end in zip((self.prompt_end, *self.ends), self.ends, strict=False):
+            yield slice(start, end), slice(start, end), True
+
+
+class _Packed(torch.autograd.Function):
+    """float[1, H, T, d], all three with H heads; `scale` multiplies the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, segments: Sequence[Segment]
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        sums = torch.empty(query.shape[:3], dtype=torch.float32)
+        for segment in segments:
+            for number, (rows, columns, causal) in enumerate(segment.blocks()):
+                own, own_sum = _flash(
+                    query[:, :, rows], key[:, :, columns], value[:, :, columns], 0.0, causal, scale=scale
+                )
+                if number > 1:
+                    before = sums[:, :, rows]
+                    joined = torch.logaddexp(before, own_sum)
+                    own = own * (own_sum - joined).exp()[..., None]
+                    own += out[:, :, rows] * (before - joined).exp()[..., None]
+                    own_sum = joined
+                out[:, :, rows], sums[:, :, rows] = own, own_sum
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scale, ctx.segments = scale, segments
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, sums = ctx.saved_tensors
+        by_query, by_key, by_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for segment in ctx.segments:
+            for rows, columns, causal in segment.blocks():
+                parts = _flash_backward(
+                    by_out[:, :, rows], query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows],
+                    sums[:, :, rows], 0.0, causal, scale=ctx.scale,
+                )  # fmt: skip
+                by_query[:, :, rows] += parts[0]
+                by_key[:, :, columns] += parts[1]
+                by_value[:, :, columns] += parts[2]
+        return by_query, by_key, by_value, None, None
+
+
+def packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    otherwise: Callable[..., tuple[Tensor, None]], segments: Sequence[Segment] | None = None, scaling: float,
+    sliding_window: int | None = None, **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention function of transformers: `segments` say who sees whom; without them it is `otherwise`.
+
+    `query` [1, H, T, d], `key` and `value` [1, K, T, d]. Returns [1, T, H, d].
+    """
+    if segments is None:
+        return otherwise(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    if sliding_window is not None and sliding_window < query.shape[2]:
+        raise ModelError(f"{type(module).__name__} sees {sliding_window} tokens back only: not supported")
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    out: Tensor = _Packed.apply(query, key, value, scaling, segments)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
