@@ -62,11 +62,11 @@ class _TokenLogprob(torch.autograd.Function):
             logs = _log_probabilities(hidden[part], weight, ctx.temperature) if kept is None else kept[part]
             # d log p_y/dz_v = [v = y] - p_v and dH/dz_v = -p_v (log p_v + H): both share the factor p_v.
             by_logits = logs.exp()
-            if by_entropy is None:
-                by_logits.mul_(-by_logprob[part, None])
-            else:
+            if by_entropy is not None:
                 factor = (logs + entropy[part, None]).mul_(-by_entropy[part, None])
                 by_logits.mul_(factor if by_logprob is None else factor.sub_(by_logprob[part, None]))
+            elif by_logprob is not None:
+                by_logits.mul_(-by_logprob[part, None])
             if by_logprob is not None:
                 by_logits.scatter_add_(1, target[part, None], by_logprob[part, None])
             by_logits = by_logits.div_(ctx.temperature).to(hidden.dtype)
