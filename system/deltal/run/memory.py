@@ -75,6 +75,8 @@ def learner_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
             recomputed=config.learner.activation_checkpointing,
         ),
     }
+    if config.algorithm.has_reference:
+        parts["reference"] = BYTES[config.learner.compute_dtype] * parameters // ranks
     if config.algorithm.mini_batches > 1:
         parts["snapshot"] = 12 * parameters // ranks  # What a skipped batch goes back to.
     if ranks > 1:
