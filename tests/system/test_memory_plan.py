@@ -18,6 +18,8 @@ from tests.bench.peak import peak_bytes
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
 TOLERANCE = 0.15
+FEW = ["replay.prompts_per_batch=2"]
+"""The peak is a micro-batch's: more groups a batch take longer and hold nothing more."""
 
 
 def learner(config: RunConfig, folder: str, answer: Any) -> None:
@@ -92,8 +94,12 @@ def planned(config: RunConfig, role: str) -> float:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("demo", []),
-        ("demo", ["learner.activation_checkpointing=true", "learner.micro_batch_tokens=1024"]),
+        ("demo", FEW),
+        pytest.param(
+            "demo",
+            [*FEW, "learner.activation_checkpointing=true", "learner.micro_batch_tokens=1024"],
+            marks=pytest.mark.slow,
+        ),
         ("tiny", []),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from deltal.cli.app import RUNNING, Address, ConfigPath, Json, Overrides, Run, app, err, out
 from deltal.config import RunConfig
@@ -25,12 +26,16 @@ def train(
     begin_from: Annotated[
         str | None, typer.Option("--from", metavar="RUN[:STEP]", help="begin from the weights of another run")
     ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="8xH100|8x80", help="with --dry-run: compare with GPUs that are not here")
+    ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train a model: [bold]deltal train configs/demo.yaml learner.learning_rate=1e-5[/]."""
     from deltal.run import fork
     from deltal.run.folder import RunFolder, runs_root
+    from deltal.run.machine import machine, named_gpus
     from deltal.run.plan import plan
 
     settings = _named(load_config(config, overrides or []), run or None, Path(config).stem)
@@ -38,8 +43,10 @@ def train(
     if source is not None:
         settings = fork.planned(settings, source)
     if dry_run:
-        planned = plan(settings)
+        planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
         out.print(planned.table())
+        for problem in planned.problems(available):
+            out.print(f"[red]does not fit[/] {escape(gpus or 'this machine')}: {escape(problem)}", soft_wrap=True)
         out.print(f"{config} is valid; nothing was started")
         return
     folder = RunFolder(f"{runs_root(settings)}/{settings.run.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from deltal.errors import UserError
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -26,6 +29,32 @@ class Machine:
     cpus: float
     """CPUs this process may use; a container's quota may make it a fraction."""
     gpus: int
+    gpu_gib: float | None = None
+    """Memory of one GPU; None when it is not known, as nobody asks a driver here."""
+
+
+GPU_GIB = {
+    "l4": 24, "a10": 24, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "v100": 32, "a40": 48, "l40s": 48,
+    "a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
+}  # fmt: skip
+"""Memory of one GPU by its name."""
+
+
+def named_gpus(text: str) -> Machine:
+    """A machine of which only the GPUs are known: `8xH100`, `H100`, or `2x48` for two of 48 GiB. Raises UserError."""
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9.-]+)", text.strip().lower().replace(" ", ""))
+    count, name = (int(found[1] or 1), found[2]) if found else (0, "")
+    with contextlib.suppress(ValueError):
+        return _only_gpus(count, float(name))
+    if name not in GPU_GIB:
+        raise UserError(f"--gpus {text!r}: say how many of which, like 8xH100 ({', '.join(GPU_GIB)}), or of so many "
+                        "GiB, like 8x80")  # fmt: skip
+    return _only_gpus(count, GPU_GIB[name])
+
+
+def _only_gpus(count: int, gib: float) -> Machine:
+    endless = float("inf")
+    return Machine(ram_gib=endless, shm_free_gib=endless, cpus=endless, gpus=count, gpu_gib=gib)
 
 
 def machine() -> Machine:

@@ -7,8 +7,11 @@ one forward, b bytes a number.
 from __future__ import annotations
 
 from deltal.config import ModelShape, RunConfig
+from deltal.config_lora import Lora
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LOGIT_ROWS = 128
+"""Tokens whose logits the head works on at once (learner/head.py)."""
 KEPT_VERSIONS = 2
 """Published policy versions alive at once: the newest, and the one workers may still be loading."""
 RESPONSE_TOKEN_BYTES = 13
@@ -28,22 +31,45 @@ def parameter_count(shape: ModelShape) -> int:
     return embeddings + shape.layers * layer + shape.hidden_size
 
 
-def activation_bytes(shape: ModelShape, tokens: int, dtype: str, *, recomputed: bool = False) -> int:
-    """Peak of one forward and backward over T packed tokens.
+def adapter_count(shape: ModelShape, lora: Lora) -> int:
+    """Numbers in all adapters: rank · (in + out) for each target. Targets of other names are not counted."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sides = {
+        "q_proj": shape.hidden_size + queries,
+        "k_proj": shape.hidden_size + keys,
+        "v_proj": shape.hidden_size + keys,
+        "o_proj": queries + shape.hidden_size,
+        "gate_proj": shape.hidden_size + shape.intermediate_size,
+        "up_proj": shape.hidden_size + shape.intermediate_size,
+        "down_proj": shape.intermediate_size + shape.hidden_size,
+    }
+    return shape.layers * lora.rank * sum(sides.get(target, 0) for target in lora.targets)
 
-    b·l·(T·(8h + 3Hd + 4i) + T²) saved for backward, T² being the mask each layer keeps; qwen3's norms on q and k keep
-    2(H + K)d more a token. Then 3·4·T·V for float32 logits, their log-softmax and its gradient. Measured on
-    transformers 5.19 with sdpa on CPU: 2 to 4% less. Kernels without a dense mask (GPU) need no T².
+
+def activation_bytes(
+    shape: ModelShape, tokens: int, dtype: str, *, recomputed: bool = False, masked: bool = False
+) -> int:
+    """Saved for backward by one forward of T packed tokens, without the head.
+
+    b·l·T·(6h + 4Hd + 4i + H): norms, attention, MLP; qwen3's norms on q and k keep 2(H + K)d more a token. Measured on
+    transformers 5.19 on CPU: 0 to 3% less. `masked`: attention under a dense mask, as on GPU, keeps T² more a layer.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    per_token = 8 * shape.hidden_size + 3 * queries + 4 * shape.intermediate_size
+    per_token = 6 * shape.hidden_size + 4 * queries + 4 * shape.intermediate_size + shape.heads
     if shape.architecture == "qwen3":
         per_token += 2 * (queries + keys)
-    a_layer = BYTES[dtype] * (tokens * per_token + tokens * tokens)
+    a_layer = BYTES[dtype] * (tokens * per_token + (tokens * tokens if masked else 0))
     # With recomputation only each layer's input is kept, and one layer at a time is whole.
-    inputs = BYTES[dtype] * shape.layers * tokens * shape.hidden_size
-    saved = inputs + a_layer if recomputed else shape.layers * a_layer
-    return saved + 3 * 4 * tokens * shape.vocab_size
+    inputs = BYTES[dtype] * (shape.layers + 2) * tokens * shape.hidden_size
+    return inputs + a_layer if recomputed else shape.layers * a_layer + 2 * inputs // (shape.layers + 2)
+
+
+def head_bytes(shape: ModelShape, tokens: int, chunk: int, *, frozen: bool) -> int:
+    """Of the head: float32 logits kept for `chunk` tokens, thrice those that are worked on, and its own gradient, which
+    waits until backward is through.
+    """
+    rows = min(tokens, chunk) + 3 * min(tokens, LOGIT_ROWS)
+    return 4 * shape.vocab_size * (rows + (0 if frozen else shape.hidden_size))
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
@@ -61,32 +87,44 @@ def sequence_tokens(config: RunConfig) -> int:
     return config.chat.max_prompt_tokens + config.rollout.max_response_tokens
 
 
-def learner_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
-    """Of one rank. Weights, gradients and AdamW's two moments are float32 and divided by K; activations are not."""
-    parameters, ranks = parameter_count(shape), config.learner.ranks
+def learner_state_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    """Of one rank, for the whole run. Weights, gradients and AdamW's two moments are float32 and divided by K."""
+    learner, parameters = config.learner, parameter_count(shape)
+    adapters = adapter_count(shape, learner.lora) if isinstance(learner.lora, Lora) else None
+    trained = parameters if adapters is None else adapters
     parts = {
-        "weights": 4 * parameters // ranks,
-        "gradients": 4 * parameters // ranks,
-        "optimizer": 8 * parameters // ranks,
-        "activations": activation_bytes(
-            shape,
-            forward_tokens(config),
-            config.learner.compute_dtype,
-            recomputed=config.learner.activation_checkpointing,
-        ),
+        "weights": 4 * (parameters + (adapters or 0)),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
     }
-    if config.algorithm.has_reference:
-        parts["reference"] = BYTES[config.learner.compute_dtype] * parameters // ranks
     if config.algorithm.mini_batches > 1:
-        parts["snapshot"] = 12 * parameters // ranks  # What a skipped batch goes back to.
-    if ranks > 1:
-        parts["gathered layer"] = BYTES[config.learner.compute_dtype] * largest_unit(shape)
+        parts["snapshot"] = 12 * trained  # What a skipped batch goes back to.
+    if config.algorithm.has_reference:
+        parts["reference"] = BYTES[learner.compute_dtype] * parameters
+    return {name: size // learner.ranks for name, size in parts.items()}
+
+
+def learner_work_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    """Of one rank, while it computes: the largest forward and backward, and what FSDP2 gathers for them."""
+    learner, tokens = config.learner, forward_tokens(config)
+    parts = {
+        "activations": activation_bytes(
+            shape, tokens, learner.compute_dtype,
+            recomputed=learner.activation_checkpointing, masked=learner.num_gpus > 0,
+        ),
+        "logits": head_bytes(shape, tokens, learner.logit_chunk_tokens, frozen=isinstance(learner.lora, Lora)),
+    }  # fmt: skip
+    if learner.ranks > 1 or learner.cpu_offload:
+        parts["gathered layer"] = BYTES[learner.compute_dtype] * largest_unit(shape)
     return parts
 
 
-def checkpoint_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
-    """Of one rank, in the machine's memory: weights and moments that are being written while training goes on."""
-    return 12 * parameter_count(shape) // config.learner.ranks
+def learner_copy_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    """Of one rank, in the machine's memory: the published version, and a checkpoint that is being written."""
+    state = learner_state_bytes(config, shape)
+    share = BYTES[config.rollout.dtype] * parameter_count(shape) // config.learner.ranks
+    # Gradients are as large as the trained weights.
+    return {"published": share, "checkpoint copy": state["gradients"] + state["optimizer"]}
 
 
 def largest_unit(shape: ModelShape) -> int:
@@ -96,12 +134,23 @@ def largest_unit(shape: ModelShape) -> int:
     return embeddings + 2 * layers
 
 
-def engine_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
-    """Of one RolloutWorker on CPU: weights (a tied head is packed a second time) and the reserved KV cache."""
-    width = BYTES[config.rollout.dtype]
-    parts = {"weights": width * parameter_count(shape), "KV cache": int(config.rollout.kv_cache_gib * 2**30)}
-    if shape.tied_embeddings:
-        parts["packed head"] = width * shape.vocab_size * shape.hidden_size
+def engine_bytes(config: RunConfig, shape: ModelShape | None) -> dict[str, int]:
+    """Of one RolloutWorker, with its model. On CPU a tied head is packed a second time, all sequences may be prefilled
+    in one step, and the KV cache is whole GiB; on GPU it is whatever `gpu_memory_utilization` leaves.
+    """
+    room = config.rollout
+    width, parts = BYTES[room.dtype], {}
+    if shape is not None:
+        parts["weights"] = width * parameter_count(shape)
+    if room.num_gpus > 0:
+        return parts
+    if shape is not None:
+        if shape.tied_embeddings:
+            parts["packed head"] = width * shape.vocab_size * shape.hidden_size
+        tokens = room.max_sequences * sequence_tokens(config)
+        layer = width * tokens * (6 * shape.hidden_size + 3 * shape.intermediate_size)
+        parts["step"] = layer + 3 * 4 * room.max_sequences * shape.vocab_size
+    parts["KV cache"] = 2**30 * max(1, round(room.kv_cache_gib))
     return parts
 
 

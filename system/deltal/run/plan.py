@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
-from deltal.config import ModelShape, RunConfig
+from deltal.config import LearnerConfig, ModelShape, RolloutConfig, RunConfig
 from deltal.errors import ResourceError
 from deltal.run import memory
 from deltal.run.machine import GIB, Machine, machine
@@ -16,7 +16,7 @@ from deltal.run.model_folder import check_model_folder, model_shape
 
 __all__ = ["ActorPlan", "Machine", "Plan", "check", "check_model_folder", "machine", "plan"]
 
-PROCESS_GIB = {"rollout": 0.8, "learner": 0.5, "verify": 0.2}
+PROCESS_GIB = {"rollout": 0.7, "learner": 0.42, "verify": 0.2}
 """Of a process with its libraries before it does anything (vLLM and torch, torch, math-verify); 0.15 for the others."""
 SANDBOX_GIB = 0.15
 """Of one verifying process; `verify.memory_mib` bounds its address space, which is never all used."""
@@ -48,6 +48,8 @@ class Plan:
     actors: tuple[ActorPlan, ...]
     parameters: int | None
     """None when the model's shape is not known before its weights are at hand."""
+    activations: str
+    """What recomputation would change; empty when the shape is not known."""
     object_store_gib: Mapping[str, float]
     kv_sequences: float | None
     """Longest sequences that fit into one CPU worker's KV cache; None on GPU, or when the shape is not known."""
@@ -71,7 +73,7 @@ class Plan:
     def table(self) -> Table:
         """For people: a line a role, then the object store and the sum."""
         size = "size not known" if self.parameters is None else f"{self.parameters / 1e6:,.1f} M parameters"
-        table = Table(title=f"plan: {size}", title_justify="left")
+        table = Table(title=f"plan: {size}", title_justify="left", caption=self.activations, caption_justify="left")
         for heading in ("role", "count", "CPUs each", "GPUs each", "memory each, GiB"):
             table.add_column(heading, justify="right" if heading != "role" else "left")
         table.add_column("of that")
@@ -117,6 +119,13 @@ class Plan:
                 f"GPUs: the run asks for {self.gpus:g}, this machine has {available.gpus}: lower rollout.num_gpus and "
                 "learner.num_gpus (0 runs on CPU), or use --address of a cluster that has them"
             )
+        for actor in self.actors if available.gpu_gib is not None else ():
+            needed, share = sum(actor.gpu_gib.values()), (available.gpu_gib or 0.0) * min(1.0, actor.num_gpus)
+            if needed > HEADROOM * share:
+                problems.append(
+                    f"GPU memory: one {actor.role} actor needs about {needed:.1f} GiB, {HEADROOM:.0%} of {share:.1f} "
+                    f"GiB may be used: {_GPU_ADVICE[actor.role]}"
+                )
         if self.kv_sequences is not None and self.kv_sequences < 1:
             problems.append(
                 f"KV cache: {self.kv_sequences:.0%} of one longest sequence fits: raise rollout.kv_cache_gib, or lower "
@@ -129,6 +138,11 @@ _ADVICE = {
     "rollout": "lower rollout.workers or rollout.kv_cache_gib",
     "learner": "lower learner.micro_batch_tokens or rollout.max_response_tokens, or take a smaller model",
     "verify": "lower verify.workers or verify.processes",
+}
+_GPU_ADVICE = {
+    "rollout": "take larger GPUs, a narrower rollout.dtype or a smaller model",
+    "learner": "raise learner.ranks, lower learner.micro_batch_tokens, or switch on learner.activation_checkpointing or "
+    "learner.cpu_offload",
 }
 
 
@@ -148,7 +162,9 @@ def plan(config: RunConfig, *, model_folder: str | None = None) -> Plan:
     return Plan(
         actors=(
             *(ActorPlan(role=role, count=1, num_cpus=0.0, num_gpus=0.0, ram_gib=small) for role in singles),
-            _rollout(config, shape),
+            _with_model(
+                "rollout", config.rollout, config.rollout.workers, there=memory.engine_bytes(config, shape), here={}
+            ),
             ActorPlan(
                 role="verify",
                 count=config.verify.workers,
@@ -159,6 +175,7 @@ def plan(config: RunConfig, *, model_folder: str | None = None) -> Plan:
             _learner(config, shape),
         ),
         parameters=None if shape is None else memory.parameter_count(shape),
+        activations=_activations(config, shape),
         object_store_gib=_gib(memory.object_store_bytes(config, shape)),
         kv_sequences=kv_sequences,
     )
@@ -173,36 +190,49 @@ def check(config: RunConfig, available: Machine, *, model_folder: str | None = N
     return made
 
 
-def _rollout(config: RunConfig, shape: ModelShape | None) -> ActorPlan:
-    room = config.rollout
-    process = {"process": PROCESS_GIB["rollout"]}
-    parts = _gib(memory.engine_bytes(config, shape)) if shape is not None else {"KV cache": room.kv_cache_gib}
+def _with_model(
+    role: str, room: RolloutConfig | LearnerConfig, count: int, *, there: Mapping[str, int], here: Mapping[str, int]
+) -> ActorPlan:
+    """An actor that computes with the model. `there`: bytes beside the model, on its GPU if it has one; `here`: bytes
+    in the machine's memory in any case.
+    """
+    process = {"process": PROCESS_GIB[role], **_gib(here)}
     on_gpu = room.num_gpus > 0
     return ActorPlan(
-        role="rollout",
-        count=room.workers,
+        role=role,
+        count=count,
         num_cpus=room.num_cpus,
         num_gpus=room.num_gpus,
-        ram_gib=process if on_gpu else {**process, **parts},
-        # On GPU vLLM gives the KV cache whatever gpu_memory_utilization leaves beside the weights.
-        gpu_gib={"weights": parts["weights"]} if on_gpu and "weights" in parts else {},
+        ram_gib=process if on_gpu else {**process, **_gib(there)},
+        gpu_gib=_gib(there) if on_gpu else {},
     )
 
 
 def _learner(config: RunConfig, shape: ModelShape | None) -> ActorPlan:
-    room = config.learner
-    process = {"process": PROCESS_GIB["learner"]}
+    there: dict[str, int] = {}
+    here: dict[str, int] = {}
     if shape is not None:
-        process["checkpoint copy"] = memory.checkpoint_copy_bytes(config, shape) / GIB
-    parts = _gib(memory.learner_bytes(config, shape)) if shape is not None else {}
-    on_gpu = room.num_gpus > 0
-    return ActorPlan(
-        role="learner",
-        count=room.ranks,
-        num_cpus=room.num_cpus,
-        num_gpus=room.num_gpus,
-        ram_gib=process if on_gpu else {**process, **parts},
-        gpu_gib=parts if on_gpu else {},
+        state, there = memory.learner_state_bytes(config, shape), memory.learner_work_bytes(config, shape)
+        here = memory.learner_copy_bytes(config, shape)
+        if config.learner.cpu_offload:
+            here = {**state, **here}
+        else:
+            there = {**state, **there}
+    return _with_model("learner", config.learner, config.learner.ranks, there=there, here=here)
+
+
+def _activations(config: RunConfig, shape: ModelShape | None) -> str:
+    """What recomputing them would save, in a line."""
+    if shape is None:
+        return ""
+    tokens, on_gpu = memory.forward_tokens(config), config.learner.num_gpus > 0
+    kept, again = (
+        memory.activation_bytes(shape, tokens, config.learner.compute_dtype, recomputed=recomputed, masked=on_gpu) / GIB
+        for recomputed in (False, True)
+    )
+    return (
+        f"activations of a forward of {tokens} tokens: {kept:.2f} GiB; recomputed in backward "
+        f"(learner.activation_checkpointing): {again:.2f} GiB"
     )
 
 
