@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DELTAL := .venv/bin/deltal
 
-.PHONY: install demo test test-all faults variance-demo bench-rollout bench-sketch lint format docs clean
+.PHONY: install demo test test-all faults variance-demo bench-learner bench-packing bench-rollout bench-sketch lint format docs clean
 .DEFAULT_GOAL := install
 
 install: .venv/installed
@@ -31,6 +31,20 @@ test-all: install
 # What each aggregation would do to the demo model's real gradients: table, CSV and PNG in build/variance-demo.
 variance-demo: install
 	$(DELTAL) variance configs/demo.yaml --out build/variance-demo
+
+# The learner's step against TRL's loss, side by side; TRL lives in a venv of its own, with the same torch.
+bench-learner: install build/trl-venv/installed
+	$(PY) -m tests.bench.learner
+
+build/trl-venv/installed: deploy/constraints.txt
+	$(PYTHON) -m venv build/trl-venv
+	grep -E '^(torch|transformers|accelerate|datasets|numpy)==' deploy/constraints.txt > build/trl-venv/constraints.txt
+	build/trl-venv/bin/python -m pip install --quiet --constraint build/trl-venv/constraints.txt torch 'trl==1.16.*'
+	@touch $@
+
+# Dense mask or block by block, prompt shared or repeated, at three ratios of prompt to response.
+bench-packing: install
+	$(PY) -m tests.bench.packing
 
 bench-sketch: install
 	$(PY) -m tests.bench.sketch

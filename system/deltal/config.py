@@ -270,7 +270,7 @@ class MonitorConfig(Settings):
     """Metrics and the live page."""
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with DELTAL_TOKEN set")
-    port: NonNegative = Field(0, description="of the live page and service discovery; 0: any free one")
+    port: NonNegative = Field(0, le=65535, description="of the live page and service discovery; 0: any free one")
 
 
 class RunSettings(Settings):

@@ -29,6 +29,12 @@ class AutoAlpha(Settings):
     certain_within: float = Field(0.3, gt=0.0, description="largest half width of β's 95% interval that is trusted")
     drift: float = Field(0.03, ge=0.0, description="how far β may wander from one batch to the next, as a deviation")
 
+    @model_validator(mode="after")
+    def _low_is_not_above_high(self) -> AutoAlpha:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}")
+        return self
+
 
 class AggregationBase(Settings):
     """Base of all aggregations."""

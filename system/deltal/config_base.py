@@ -14,4 +14,4 @@ Fraction = Annotated[float, Field(ge=0.0)]
 class Settings(BaseModel):
     """Base of all settings: strict keys, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

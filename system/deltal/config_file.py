@@ -37,6 +37,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: 
     # Kinds first: what is said about a choice is about the one that is made in the end.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".kind")):
         _override(merged, override)
+    _name_default_kinds(RunConfig, merged)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -52,6 +53,22 @@ def explained(config: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any, s
             yield from explained(value, f"{key}.")
         else:
             yield key, value, field.description or (type(config).__doc__ or "").strip().splitlines()[0]
+
+
+def _name_default_kinds(settings: type[BaseModel], values: Any) -> None:
+    """A choice that is set in part and names no `kind` is the default one, where there is a default."""
+    for name, field in settings.model_fields.items():
+        part = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(part, dict):
+            continue
+        choices = _models(field.annotation)
+        if len(choices) > 1 and "kind" not in part and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            if default is not None:
+                part["kind"] = default.kind
+        for choice in choices:
+            if len(choices) == 1 or _tag(choice) == part.get("kind"):
+                _name_default_kinds(choice, part)
 
 
 def _copied(values: Any) -> Any:

@@ -48,7 +48,8 @@ def learner(config: RunConfig, folder: str, answer: Any) -> None:
         if step == 1:
             trainer.save()
     trainer.finish()
-    answer.put((peak_bytes(), len(shares)))
+    assert shares
+    answer.put(peak_bytes())
     dist.destroy_process_group()
 
 
@@ -72,7 +73,7 @@ def engine(config: RunConfig, folder: str, answer: Any) -> None:
         made.add(str(i), tokens, sampling)
     while made.running:
         made.step()
-    answer.put((peak_bytes(), 0))
+    answer.put(peak_bytes())
 
 
 def measured(what: Callable[[RunConfig, str, Any], None], config: RunConfig, folder: Path) -> float:
@@ -81,7 +82,7 @@ def measured(what: Callable[[RunConfig, str, Any], None], config: RunConfig, fol
     answer = context.Queue()
     process = context.Process(target=what, args=(config, str(folder), answer))
     process.start()
-    peak, _ = answer.get(timeout=400)
+    peak = answer.get(timeout=400)
     process.join(60)
     return float(peak) / GIB
 
@@ -100,10 +101,20 @@ def planned(config: RunConfig, role: str) -> float:
             [*FEW, "learner.activation_checkpointing=true", "learner.micro_batch_tokens=1024"],
             marks=pytest.mark.slow,
         ),
+        pytest.param("demo", [*FEW, "learner.lora.kind=lora"], marks=pytest.mark.slow),
         ("tiny", []),
     ],
 )
 def test_a_learner_holds_what_was_planned(name: str, settings: list[str], tmp_path: Path) -> None:
     config = load_config(str(CONFIGS / f"{name}.yaml"), settings)
     held = measured(learner, config, tmp_path)
+    print(f"learner of {name} {settings}: planned {planned(config, 'learner'):.2f} GiB, held {held:.2f} GiB")
     assert planned(config, "learner") == pytest.approx(held, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_an_engine_holds_what_was_planned(name: str, tmp_path: Path) -> None:
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    held = measured(engine, config, tmp_path)
+    print(f"engine of {name}: planned {planned(config, 'rollout'):.2f} GiB, held {held:.2f} GiB")
+    assert planned(config, "rollout") == pytest.approx(held, rel=TOLERANCE)

@@ -107,14 +107,21 @@ def test_a_missing_key_is_named() -> None:
 
 
 def test_a_choice_without_its_kind_or_with_another_one_names_the_kinds_there_are() -> None:
-    without = refused(PLAIN, "algorithm.aggregation.alpha=0.5")
-    assert (
-        without
-        == "here.yaml: algorithm.aggregation: `kind` is missing: name one of delta_l, dr_grpo, grpo, dapo, sequence_sum"
-    )
+    without = refused(PLAIN, "data={size: 5}")
+    assert without.startswith("here.yaml: data: `kind` is missing: name one of jsonl, ")
     unknown = refused(PLAIN, "algorithm.aggregation.kind=grop")
     assert "algorithm.aggregation" in unknown
     assert all(kind in unknown for kind in ("'grop'", "delta_l", "dr_grpo", "grpo", "dapo"))
+
+
+def test_a_choice_that_has_a_default_need_not_name_its_kind() -> None:
+    config = resolve(PLAIN, ["algorithm.aggregation.alpha=auto", "algorithm.objective.clip_high=0.28"])
+    assert config.algorithm.aggregation.kind == "delta_l"
+    assert config.algorithm.aggregation.alpha == "auto"
+    assert config.algorithm.objective.kind == "ppo_clip"
+    assert "alpha" in refused(PLAIN, "algorithm.aggregation.alpha=autoo")
+    assert "is above high" in refused(PLAIN, "algorithm.aggregation.auto={low: 3, high: 1}")
+    assert "finite" in refused(PLAIN, "learner.learning_rate=.inf")
 
 
 @pytest.mark.parametrize(

@@ -318,3 +318,20 @@ def test_no_tokens_give_no_losses(chosen: Any) -> None:
     nothing = torch.zeros(0)
     loss, clipped = per_token_loss(nothing, nothing, nothing, chosen, torch.zeros(0, dtype=torch.int64))
     assert loss.tolist() == clipped.tolist() == []
+
+
+SETTINGS = {"ppo_clip": PpoClip, "gspo": Gspo, "cispo": Cispo, "sapo": Sapo, "reinforce": Reinforce}
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+@pytest.mark.parametrize("gap", [100.0, -100.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_beyond_all_bounds_gives_finite_losses_and_gradients(kind: str, gap: float, advantage: float) -> None:
+    new = torch.tensor([gap], requires_grad=True)
+    loss, _ = per_token_loss(
+        new, torch.zeros(1), torch.tensor([advantage]), SETTINGS[kind](), torch.zeros(1, dtype=torch.int64)
+    )
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert new.grad is not None
+    assert torch.isfinite(new.grad).all()

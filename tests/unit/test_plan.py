@@ -11,10 +11,20 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltal.config import HfModel, ModelShape, RandomModel, RunConfig
-from deltal.errors import ModelError, ResourceError
+from deltal.config_lora import Lora
+from deltal.errors import ModelError, ResourceError, UserError
+from deltal.learner.batch import pack
+from deltal.learner.head import WORK
+from deltal.learner.lora import adapt
+from deltal.learner.model import load, prepare
+from deltal.learner.step import forward
+from deltal.run import memory
+from deltal.run.machine import named_gpus
 from deltal.run.memory import activation_bytes, parameter_count
 from deltal.run.model_folder import model_shape
 from deltal.run.plan import Machine, check, check_model_folder, machine, plan
+from tests.unit.builders import scored
+from tests.unit.test_batch import items_of
 
 GIB = 2**30
 LARGE = Machine(ram_gib=1000, shm_free_gib=500, cpus=64, gpus=8)
@@ -64,14 +74,15 @@ def test_smollm2_has_its_published_size() -> None:
     assert parameter_count(SMOLLM2) == 134_515_008
 
 
+@pytest.mark.usefixtures("model_cache")
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tokens", [256, 512])
 def test_activations_are_estimated_from_above_and_closely(architecture: str, tokens: int) -> None:
     shape = ModelShape.model_validate(
         {"architecture": architecture, "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 3}
-        | {"kv_heads": 1, "head_dim": 64, "vocab_size": 32}
+        | {"kv_heads": 1, "head_dim": 64, "vocab_size": 258}
     )
-    model = hf_model(shape, "cpu")
+    model = load(prepare(RandomModel(shape=shape)))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
     kept = []  # storages must live until all are seen, or an address would be counted for two tensors
@@ -83,11 +94,79 @@ def test_activations_are_estimated_from_above_and_closely(architecture: str, tok
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    positions = torch.arange(tokens // 2).repeat(2)[None]  # two packed sequences, so that a mask is made
+    lengths = [tokens // 8] * 3
+    groups = [scored(i, rewards=[0.0, 1.0, 0.0], lengths=lengths, prompt_length=tokens // 8) for i in range(2)]
+    (micro,) = pack(items_of(groups), budget=tokens, ranks=1)[0]
+    assert len(micro.tokens) == tokens
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(torch.zeros(1, tokens, dtype=torch.long), position_ids=positions, use_cache=False)
-    logits = 3 * 4 * tokens * shape.vocab_size
-    assert 0.9 < sum(saved.values()) / (activation_bytes(shape, tokens, "float32") - logits) <= 1.0
+        forward(model, micro, 1.0, chunk=1)
+    assert 0.94 < sum(saved.values()) / activation_bytes(shape, tokens, "float32") <= 1.01
+
+
+def test_the_head_works_on_as_many_logits_as_planned() -> None:
+    assert memory.LOGIT_ROWS == WORK
+
+
+@pytest.mark.usefixtures("model_cache")
+@pytest.mark.parametrize("targets", [("q_proj",), ("k_proj", "down_proj"), Lora().targets])
+def test_adapters_are_counted_exactly(targets: tuple[str, ...]) -> None:
+    shape, lora = ModelShape(hidden_size=96, heads=3, kv_heads=1), Lora(rank=3, targets=targets)
+    model = load(prepare(RandomModel(shape=shape)))
+    adapt(model, lora, seed=0)
+    assert memory.adapter_count(shape, lora) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def learner_of(**learner: Any) -> Any:
+    (actor,) = [actor for actor in plan(run_config(learner=learner)).actors if actor.role == "learner"]
+    return actor
+
+
+def test_with_adapters_only_they_have_gradients_moments_and_a_place_in_checkpoints() -> None:
+    plain, adapted = learner_of().ram_gib, learner_of(lora={"kind": "lora", "rank": 8}).ram_gib
+    for part in ("gradients", "optimizer", "checkpoint copy"):
+        assert adapted[part] < 0.05 * plain[part]
+    assert plain["weights"] < adapted["weights"] < 1.05 * plain["weights"]
+    assert adapted["published"] == plain["published"]
+
+
+def test_offloaded_state_is_counted_in_the_machine_s_memory() -> None:
+    for offload in (False, True):
+        actor = learner_of(num_gpus=1, cpu_offload=offload)
+        for part in ("weights", "gradients", "optimizer"):
+            assert (part in actor.ram_gib, part in actor.gpu_gib) == (offload, not offload)
+        assert {"activations", "logits"} <= set(actor.gpu_gib)
+
+
+def test_recomputed_activations_are_fewer_and_both_are_told() -> None:
+    kept, again = learner_of(), learner_of(activation_checkpointing=True)
+    assert again.ram_gib["activations"] < 0.1 * kept.ram_gib["activations"]
+    text = printed(plan(run_config()).table())
+    assert f"tokens: {kept.ram_gib['activations']:.2f} GiB" in text
+    assert f"(learner.activation_checkpointing): {again.ram_gib['activations']:.2f} GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "gib"), [("8xH100", 8, 80), ("a100-40", 1, 40), ("2 x 48", 2, 48), ("4xRTX4090", 4, 24)]
+)
+def test_gpus_can_be_named_or_measured(text: str, count: int, gib: float) -> None:
+    found = named_gpus(text)
+    assert (found.gpus, found.gpu_gib) == (count, gib)
+
+
+def test_unknown_gpus_are_refused() -> None:
+    for text in ("8xB1000", "", "x", "many"):
+        with pytest.raises(UserError, match="like 8xH100"):
+            named_gpus(text)
+
+
+def test_a_gpu_that_is_too_small_is_named_with_what_to_change() -> None:
+    config = run_config(rollout={"num_gpus": 1}, learner={"num_gpus": 0.5, "ranks": 2, "micro_batch_tokens": 8192})
+    assert plan(config).problems(named_gpus("2x1000")) == []
+    (problem,) = plan(config).problems(named_gpus("2x24"))
+    assert "one learner actor needs about" in problem
+    assert "90% of 12.0 GiB may be used: raise learner.ranks" in problem
+    # A machine whose GPUs nobody measured is not compared.
+    assert plan(config).problems(LARGE) == []
 
 
 def test_learner_state_is_sixteen_bytes_a_parameter_divided_by_ranks() -> None:

@@ -66,6 +66,8 @@ def test_outliers_do_not_move_beta() -> None:
 
 
 def test_what_cannot_tell_beta_gives_none() -> None:
+    one_group = torch.zeros(64, dtype=torch.int64)
+    assert fit_beta(torch.arange(1, 65), torch.rand(64), one_group) is None  # no interval from one group
     few, many = torch.arange(1, 8), torch.full((64,), 9)
     assert fit_beta(few, torch.ones(7), torch.arange(7)) is None
     assert fit_beta(many, torch.rand(64), torch.arange(64)) is None

@@ -158,7 +158,7 @@ def _std(values: Tensor) -> Tensor:
 
 def _checked(rewards: Numbers, groups: Numbers) -> tuple[Tensor, Tensor]:
     """float64[responses] and int64[responses] on the CPU, or ValueError."""
-    reward = torch.as_tensor(rewards).detach().cpu().double()
+    reward = torch.as_tensor(rewards, dtype=torch.float64).detach().cpu()
     number = torch.as_tensor(groups).detach().cpu()
     if reward.shape != number.shape or reward.ndim != 1:
         raise ValueError(

@@ -15,7 +15,7 @@ from deltal.config_algorithm import AutoAlpha
 
 HUBER = 1.345
 """Residuals beyond so many standard deviations count less: 95% efficient under normal noise (Huber 1964)."""
-LEAST_RESPONSES = 8
+LEAST_RESPONSES, LEAST_GROUPS = 8, 4
 RESAMPLES = 200
 Z95 = 1.959964
 
@@ -40,12 +40,13 @@ def fit_beta(lengths: Tensor, squared_norms: Tensor, groups: Tensor, *, seed: in
 
     `lengths` int[n], `squared_norms` float[n], `groups` int[n]: of score-function gradients with unit advantage, whose
     mean is zero, so that ‖g_i‖² estimates the variance. Responses without length or gradient are left out. Returns
-    None when fewer than 8 are left, or all have one length.
+    None when fewer than 8 of them or 4 groups are left (too few for an interval), or all have one length. β counts
+    as no surer than independent residuals would make it.
     """
     used = (lengths > 0) & (squared_norms > 0) & torch.isfinite(squared_norms)
     x, y = lengths[used].double().log(), squared_norms[used].double().log()
     _, group = torch.unique(groups[used], return_inverse=True)
-    if len(x) < LEAST_RESPONSES or float(x.max() - x.min()) < 1e-9:
+    if len(x) < LEAST_RESPONSES or int(group.max()) + 1 < LEAST_GROUPS or float(x.max() - x.min()) < 1e-9:
         return None
     scale = 0.0
     once = torch.ones(1, len(x), dtype=torch.float64)
@@ -67,7 +68,8 @@ def fit_beta(lengths: Tensor, squared_norms: Tensor, groups: Tensor, *, seed: in
     slopes = slopes[torch.isfinite(slopes)]
     if len(slopes) < RESAMPLES // 2:
         return None
-    return BetaFit(beta=float(slope), deviation=max(float(slopes.std()), 1e-6), responses=len(x))
+    plain = scale / float((x - x.mean()).square().sum().sqrt())
+    return BetaFit(beta=float(slope), deviation=max(float(slopes.std()), plain), responses=len(x))
 
 
 def _huber(residual: Tensor, scale: float) -> Tensor:

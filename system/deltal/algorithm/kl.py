@@ -35,7 +35,7 @@ def k3(new_logprob: Tensor, reference_logprob: Tensor) -> tuple[Tensor, Tensor]:
     An unbiased estimate of the reverse KL, but its gradient, (1 - ref / π) ∇ log π, is in expectation that of the
     forward KL(reference ‖ policy). The two agree to first order near the reference.
     """
-    log_ratio = reference_logprob - new_logprob
+    log_ratio = (reference_logprob - new_logprob).clamp(-20.0, 20.0)  # exp must stay finite
     loss = torch.expm1(log_ratio) - log_ratio
     return loss, loss.detach()
 

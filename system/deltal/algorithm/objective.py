@@ -63,7 +63,7 @@ def cispo(
 
     A token whose bound is active keeps a gradient, unlike under `ppo_clip`.
     """
-    ratio = torch.exp(new_logprob - proximal_logprob).detach()
+    ratio = _ratio(new_logprob - proximal_logprob).detach()
     lowest = 0.0 if settings.clip_low is None else 1.0 - settings.clip_low
     bounded = ratio.clamp(lowest, 1.0 + settings.clip_high)
     return -bounded * advantage * new_logprob, bounded != ratio
@@ -77,7 +77,7 @@ def sapo(
     The gradient is that of the unclipped surrogate times 4 σ (1 - σ), which is 1 at r = 1 and fades on both sides.
     Nothing is ever clipped.
     """
-    ratio = torch.exp(new_logprob - proximal_logprob)
+    ratio = _ratio(new_logprob - proximal_logprob)
     positive, negative = (ratio.new_tensor(t) for t in (settings.temperature_positive, settings.temperature_negative))
     temperature = torch.where(advantage > 0, positive, negative)
     gate = torch.sigmoid(temperature * (ratio - 1.0)) * 4.0 / temperature
@@ -119,9 +119,14 @@ def per_token_loss(
     return OBJECTIVES[settings.kind](new_logprob, proximal_logprob.detach(), advantage, settings, sequence)
 
 
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """exp, held finite: beyond ±20 nats, where no policy step leads, the ratio stands still and has no gradient."""
+    return torch.exp(log_ratio.clamp(-20.0, 20.0))
+
+
 def _clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip is active: there is no gradient."""
-    ratio = torch.exp(log_ratio)
+    ratio = _ratio(log_ratio)
     surrogate, bounded = ratio * advantage, ratio.clamp(1.0 - low, 1.0 + high) * advantage
     return -torch.minimum(surrogate, bounded), (bounded < surrogate).detach()
 

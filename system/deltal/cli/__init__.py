@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 from rich.markup import escape
@@ -29,3 +30,7 @@ def main() -> None:
     except DeltalError as error:
         err.print(f"[bold red]deltal:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
+    except Exception:
+        # A defect of ours: the traceback is what a report of it needs; 1 would say "the answer is no".
+        traceback.print_exc()
+        sys.exit(3)

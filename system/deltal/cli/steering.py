@@ -42,7 +42,7 @@ def scale(
     wanted: dict[str, int] = {}
     for text in counts:
         role, _, number = text.partition("=")
-        if role not in ("rollout", "verify") or not number.isdigit():
+        if role not in ("rollout", "verify") or not (number.isascii() and number.isdecimal()):
             raise UserError(f"{text!r} must look like rollout=2 or verify=1")
         wanted[role] = int(number)
     folder = RunFolder.find(run)

@@ -149,4 +149,5 @@ def _token_logprobs(
         output.last_hidden_state[0, predict_at], self.lm_head.weight, target,
         temperature=temperature, chunk=chunk, observe=observe if trained else None,
     )  # fmt: skip
-    return logprob[:trained], entropy[:trained]
+    # No view: FSDP hangs its hook for backward on what is returned here.
+    return (logprob, entropy) if trained else (logprob[:0].clone(), entropy[:0].clone())

@@ -19,7 +19,8 @@ import psutil
 import yaml
 
 from deltal.config import RunConfig
-from deltal.errors import RunInUseError, RunNotFoundError
+from deltal.config_file import resolve
+from deltal.errors import ConfigError, RunInUseError, RunNotFoundError, UserError, one_line
 
 MISSED_BEATS = 10
 
@@ -84,8 +85,11 @@ class RunFolder:
         temporary.replace(target)
 
     def read_json(self, name: str) -> Any:
-        """Parsed JSON, None when the file is missing."""
-        return json.loads(self.read(name)) if self.exists(name) else None
+        """Parsed JSON, None when the file is missing. Raises UserError when it is damaged."""
+        try:
+            return json.loads(self.read(name)) if self.exists(name) else None
+        except ValueError as error:
+            raise UserError(f"{self.path(name)} is damaged: {one_line(error, line=0)}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write indented JSON; NaN and infinity become null, which every reader knows."""
@@ -111,15 +115,20 @@ class RunFolder:
             return []
         rows = []
         for line in self.read(name).splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
         return rows
 
     def config(self) -> RunConfig:
-        """The run's resolved settings."""
-        return RunConfig.model_validate(yaml.safe_load(self.read("config.yaml")))
+        """The run's resolved settings. Raises ConfigError, in one line, when they cannot be read."""
+        where = f"{self.path('config.yaml')} (damaged, or written by another version of deltal)"
+        try:
+            values = yaml.safe_load(self.read("config.yaml"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: {one_line(error, line=0)}") from error
+        return resolve(values if isinstance(values, dict) else {}, where=where)
 
     def replace_config(self, config: RunConfig) -> None:
         """Write other settings; those before stay as config.1.yaml, config.2.yaml, …"""

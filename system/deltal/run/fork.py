@@ -52,7 +52,7 @@ def find_source(text: str) -> Source:
 
 def named_version(folder: RunFolder, step: str) -> int:
     """The policy version that a number, or `best`, names. Raises UserError for other words, and when none is best."""
-    if step.isdigit():
+    if step.isascii() and step.isdecimal():
         return int(step)
     if step != "best":
         raise UserError(f"{step!r} is no step: a number, or `best`")

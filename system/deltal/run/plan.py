@@ -141,8 +141,8 @@ _ADVICE = {
 }
 _GPU_ADVICE = {
     "rollout": "take larger GPUs, a narrower rollout.dtype or a smaller model",
-    "learner": "raise learner.ranks, lower learner.micro_batch_tokens, or switch on learner.activation_checkpointing or "
-    "learner.cpu_offload",
+    "learner": "raise learner.ranks, lower learner.micro_batch_tokens, or switch on learner.activation_checkpointing "
+    "or learner.cpu_offload",
 }
 
 
