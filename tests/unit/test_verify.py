@@ -236,6 +236,22 @@ def test_reasoning_gym_takes_the_gold_answer_and_nothing_near(name: str) -> None
     assert verify(prompt, "").reason == "no answer"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "__import__('os').system('true')",
+        "exec('import sys')",
+        "\uff45xec('1')",  # full-width e: Python reads `exec`
+        "[exec][0]('1')",
+        "(x for x in ()).gi_frame.f_back.f_locals",
+    ],
+)
+def test_reasoning_gym_hands_no_scorer_what_python_would_run(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltal.verify.reasoning.is_sandboxed", lambda: True)
+    finding = reasoning_gym("1", {"name": "countdown", "entry": {"metadata": {}}}, f"<answer>{said}</answer>")
+    assert (finding.correct, finding.reason) == (False, "hostile")
+
+
 def test_reasoning_gym_is_never_scored_outside_of_a_sandbox() -> None:
     with pytest.raises(RuntimeError, match="only a sandboxed process"):
         reasoning_gym("1", {"name": "chain_sum", "entry": {}}, "1")

@@ -1,6 +1,8 @@
 """Programs, HumanEval and MBPP style: run the response and its tests in an isolated process, or not at all.
 
-Known limit: a program that defines objects equal to everything passes any `assert f(x) == y`.
+Known limits: a program that defines objects equal to everything passes any `assert f(x) == y`. A program that walks the
+frames of the process that runs it (`sys._getframe`) finds the secret that marks success, and can report it without any
+test having run: the sandbox bounds what a program can do, but a verdict is no proof against a policy that learns this.
 """
 
 from __future__ import annotations

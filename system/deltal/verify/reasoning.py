@@ -1,13 +1,14 @@
 """Tasks of reasoning-gym, judged by their own scoring functions, 1 for a perfect score and 0 for anything less.
 
 Some of these functions hand the model's text to `eval` or sympy's parser (countdown, puzzle24, n_queens, …): this file
-refuses to work outside of a sandboxed process.
+refuses to work outside of a sandboxed process, and refuses text that would do more than arithmetic there.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,11 @@ from deltal.verify.isolation import is_sandboxed
 
 LONGEST = 20_000
 """Characters of an answer handed to a scoring function."""
+REACHING = re.compile(
+    r"\b(?:exec|eval|compile|open|import|importlib|getattr|setattr|globals|locals|vars|dir|type|breakpoint|input|lambda|"
+    r"builtins|sys|os|subprocess)\b"
+)
+FRAMES = re.compile(r"\b\w+_frame\b|\bf_(?:back|locals|globals|builtins|code)\b")
 PERFECT = 1.0 - 1e-9
 
 
@@ -39,6 +45,8 @@ def reasoning_gym(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
         return Finding(False, None, "no answer")
     if len(said) > LONGEST:
         return Finding(False, said, "too long")
+    if _reaches_out(said):
+        return Finding(False, said, "hostile")
     try:
         score = get_score_answer_fn(name)
     except ValueError as error:
@@ -46,6 +54,15 @@ def reasoning_gym(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     value = float(score(said, entry_from_json(entry)))
     correct = math.isfinite(value) and value >= PERFECT
     return Finding(correct, said, "equal" if correct else "different")
+
+
+def _reaches_out(said: str) -> bool:
+    """Whether Python would find more than arithmetic in it: a scorer that evaluates it shares a process with its judge.
+
+    Words alone are harmless and stand in answers of word tasks; what reaches out needs a call or a dunder too.
+    """
+    text = unicodedata.normalize("NFKC", said)  # As Python reads identifiers.
+    return "__" in text or FRAMES.search(text) is not None or ("(" in text and REACHING.search(text) is not None)
 
 
 def _said(answer: str, text: str) -> str:
