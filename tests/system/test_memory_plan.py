@@ -18,8 +18,8 @@ from tests.bench.peak import peak_bytes
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
 TOLERANCE = 0.15
-FEW = ["replay.prompts_per_batch=2"]
-"""The peak is a micro-batch's: more groups a batch take longer and hold nothing more."""
+FEW = ["replay.prompts_per_batch=2", "learner.threads=1", "rollout.threads=1"]
+"""The peak is a micro-batch's: more groups a batch take longer and hold nothing more. One thread waits for no other."""
 
 
 def learner(config: RunConfig, folder: str, answer: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_learner_holds_what_was_planned(name: str, settings: list[str], tmp_pa
 
 @pytest.mark.parametrize("name", ["demo", "tiny"])
 def test_an_engine_holds_what_was_planned(name: str, tmp_path: Path) -> None:
-    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    config = load_config(str(CONFIGS / f"{name}.yaml"), FEW)
     held = measured(engine, config, tmp_path)
     print(f"engine of {name}: planned {planned(config, 'rollout'):.2f} GiB, held {held:.2f} GiB")
     assert planned(config, "rollout") == pytest.approx(held, rel=TOLERANCE)

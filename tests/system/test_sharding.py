@@ -60,16 +60,21 @@ def steps(rank: int, ranks: int, meeting: str, model_name: str, cases: list[Case
         for i in range(1 if model_name == "smollm2" else 6)
     ]
     made = {}
+
+    def told(tensor: Any) -> torch.Tensor:
+        full = whole(tensor)  # all ranks gather; of SmolLM2 one of them has room to keep it
+        return full if rank == 0 else full.new_zeros(0)
+
     for method, budget in cases:
         config = settings(method)
         model.zero_grad()
         micros = pack(mini_batches(assemble(0, groups, config), count=1, seed=0)[0], budget=budget, ranks=ranks)[rank]
         accumulate(model, micros, [None] * len(micros), config.algorithm, temperature=1.0, version=0, sums=StepSums())
-        gradient = [whole(parameter.grad) for parameter in trained]
+        gradient = [told(parameter.grad) for parameter in trained]
         own = [parameter.detach().clone() for parameter in trained]
-        before = [whole(parameter) for parameter in own]
+        before = [told(parameter) for parameter in own]
         torch.optim.SGD(trained, lr=RATE).step()
-        change = [whole(p) - start for p, start in zip(trained, before, strict=True)]
+        change = [told(p) - start for p, start in zip(trained, before, strict=True)]
         with torch.no_grad():
             for parameter, start in zip(trained, own, strict=True):
                 parameter.copy_(start)
