@@ -95,7 +95,7 @@ def planned(config: RunConfig, role: str) -> float:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("demo", FEW),
+        pytest.param("demo", FEW, marks=pytest.mark.slow),
         pytest.param(
             "demo",
             [*FEW, "learner.activation_checkpointing=true", "learner.micro_batch_tokens=1024"],
