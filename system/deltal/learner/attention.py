@@ -1,7 +1,7 @@
 """Attention of a packed row on CPU: block by block, so that what may not be seen is not computed at all.
 
-A segment is a prompt and its responses. Three kinds of block: the prompt on itself and each response on itself, both
-causal, and all responses on the prompt, whole. A response's two results are one softmax, joined by their log-sum-exps;
+A segment is a prompt and its responses. With one response it is one causal block. With more there are three kinds: the
+prompt on itself and each response on itself, both causal, and all responses on the prompt, whole. A response's two results are one softmax, joined by their log-sum-exps;
 backward goes through each block alone, given the joined ones. No mask is made, and nothing of size T² is kept.
 """
 
@@ -31,10 +31,13 @@ class Segment:
 
     def blocks(self) -> Iterator[tuple[slice, slice, bool]]:
         """Queries, keys, and whether the block is causal; a response's own block comes after that on the prompt."""
+        if len(self.ends) < 2:
+            whole = slice(self.start, max((self.prompt_end, *self.ends)))
+            yield whole, whole, True
+            return
         prompt = slice(self.start, self.prompt_end)
         yield prompt, prompt, True
-        if self.ends:
-            yield slice(self.prompt_end, self.ends[-1]), prompt, False
+        yield slice(self.prompt_end, self.ends[-1]), prompt, False
         for start, end in zip((self.prompt_end, *self.ends), self.ends, strict=False):
             yield slice(start, end), slice(start, end), True
 
