@@ -18,10 +18,19 @@ from deltal.config import ReasoningGymData
 from deltal.data.datasets import load_prompts
 from deltal.errors import DataError, ResourceError
 from deltal.types import Prompt
+from deltal.verify import sandbox
 from deltal.verify.sandbox import SandboxPool, isolation_kind
 
 PATIENCE = 3.0
 """Seconds a verdict may take in these tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unfiltered() -> Iterator[None]:
+    """The sandbox must hold without the filter that stands before it (whose own laws are in test_verify.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "PACKAGE_ROOT", f"{Path(__file__).parent / 'data/unfiltered'}:{sandbox.PACKAGE_ROOT}")
+        yield
 
 
 @pytest.fixture(scope="module")
