@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deltal.config_algorithm import AlgorithmConfig
-from deltal.config_base import Fraction, NonNegative, Positive, Settings
+from deltal.config_base import Decay, Fraction, NonNegative, Positive, Real, Settings
 from deltal.config_lora import LoraConfig, NoLora
 
 # --- model ---------------------------------------------------------------------------------------
@@ -30,6 +30,14 @@ class ModelShape(Settings):
         32, description="width of a head; vLLM on CPU takes 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512"
     )
     tied_embeddings: bool = Field(True, description="LM head shares the embedding's weights")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelShape:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd: rotary positions turn pairs")
+        return self
 
 
 class HfModel(Settings):
@@ -53,7 +61,7 @@ class RandomModel(Settings):
 
     kind: Literal["random"] = "random"
     shape: ModelShape = Field(default_factory=lambda: ModelShape(), description="its shape")
-    seed: int = Field(0, description="of the initial weights")
+    seed: NonNegative = Field(0, description="of the initial weights")
 
 
 ModelConfig = Annotated[HfModel | GgufPackageModel | RandomModel, Field(discriminator="kind")]
@@ -102,7 +110,7 @@ class ReasoningGymData(DataColumns):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     name: str = Field(description="task of reasoning-gym, e.g. chain_sum")
     size: Positive = Field(1000, description="items to generate")
-    seed: int = Field(0, description="of the generator")
+    seed: NonNegative = Field(0, description="of the generator")
     parameters: dict[str, int | float | str | bool | None] = Field(
         default_factory=dict, description="the task's own parameters"
     )
@@ -114,7 +122,7 @@ class GeneratedData(DataColumns):
     kind: Literal["generated"] = "generated"
     name: Literal["largest", "countdown_two", "letters"] = Field("largest", description="which task")
     size: Positive = Field(1000, description="items to generate")
-    seed: int = Field(0, description="of the generator")
+    seed: NonNegative = Field(0, description="of the generator")
     split: Literal["train", "test"] = Field("train", description="disjoint by a hash of the question")
     numbers: Positive = Field(3, description="how many numbers stand in a `largest` question")
     high: Positive = Field(99, description="largest number that may stand in a question")
@@ -142,17 +150,17 @@ class RolloutConfig(Settings):
 
     workers: NonNegative = Field(1, description="RolloutWorkers at the start; `deltal scale` changes it")
     responses_per_prompt: Positive = Field(8, description="n, size of a group")
-    temperature: float = Field(1.0, gt=0.0, description="fixed for a run")
+    temperature: Real = Field(1.0, gt=0.0, description="fixed for a run")
     max_response_tokens: Positive = Field(1024, description="M, the response limit; fixed for a run")
     max_sequences: Positive = Field(64, description="responses sampled at once by one worker")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights in the engine")
-    kv_cache_gib: float = Field(1.0, gt=0.0, description="KV cache on CPU")
-    gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0, description="share of GPU memory for vLLM")
+    kv_cache_gib: Real = Field(1.0, gt=0.0, description="KV cache on CPU")
+    gpu_memory_utilization: Real = Field(0.85, gt=0.0, le=1.0, description="share of GPU memory for vLLM")
     seed_responses: bool = Field(True, description="seed each response by (run seed, group, response index)")
     threads: Positive = Field(1, description="OpenMP threads of one worker")
     num_cpus: Fraction = Field(0.5, description="Ray CPUs of one worker; fractions let more workers share the cores")
     num_gpus: Fraction = Field(0.0, description="Ray GPUs of one worker")
-    step_deadline: float = Field(
+    step_deadline: Real = Field(
         300.0, gt=0.0, description="seconds one engine step may take before the worker is replaced"
     )
 
@@ -162,7 +170,7 @@ class VerifyConfig(Settings):
 
     workers: NonNegative = Field(1, description="Verifiers at the start; `deltal scale` changes it")
     processes: Positive = Field(1, description="sandboxed worker processes of one Verifier")
-    timeout: float = Field(10.0, gt=0.0, description="seconds one verdict may take")
+    timeout: Real = Field(10.0, gt=0.0, description="seconds one verdict may take")
     memory_mib: Positive = Field(1024, description="address space of a verifying process")
     overlong: Literal["wrong", "verify", "filter", "soft"] = Field(
         "wrong",
@@ -185,9 +193,9 @@ class ReplayConfig(Settings):
         "none", description="equal_rewards: refill batches, DAPO's dynamic sampling"
     )
     max_refill: Positive = Field(20, description="batches' worth of filtered groups in a row before the run gives up")
-    group_deadline: float = Field(1800.0, gt=0.0, description="seconds before an unfinished group is evicted")
-    lease_seconds: float = Field(15.0, gt=0.0, description="a lease not renewed for so long ends")
-    flush_seconds: float = Field(0.02, gt=0.0, le=0.05, description="longest wait of a record for its journal file")
+    group_deadline: Real = Field(1800.0, gt=0.0, description="seconds before an unfinished group is evicted")
+    lease_seconds: Real = Field(15.0, gt=0.0, description="a lease not renewed for so long ends")
+    flush_seconds: Real = Field(0.02, gt=0.0, le=0.05, description="longest wait of a record for its journal file")
     flush_records: Positive = Field(64, description="most records in a journal file")
 
     @model_validator(mode="after")
@@ -211,11 +219,11 @@ class LearnerConfig(Settings):
     """The sharded learner."""
 
     ranks: Positive = Field(1, description="K, learner processes; a checkpoint resumes on another K")
-    learning_rate: float = Field(1e-6, gt=0.0, description="peak rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0.0, description="of AdamW")
+    learning_rate: Real = Field(1e-6, gt=0.0, description="peak rate of AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="of AdamW")
+    weight_decay: Real = Field(0.0, ge=0.0, description="of AdamW")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="learning rate over steps")
-    max_grad_norm: float = Field(1.0, gt=0.0, description="clip norm of the reduced gradient, once a step")
+    max_grad_norm: Real = Field(1.0, gt=0.0, description="clip norm of the reduced gradient, once a step")
     micro_batch_tokens: Positive = Field(512, description="token budget of one forward")
     logit_chunk_tokens: Positive = Field(
         512, description="logits of a forward that trains no more tokens are kept for backward; else they are made anew"
@@ -236,8 +244,8 @@ class LearnerConfig(Settings):
     threads: Positive = Field(1, description="torch threads of one rank")
     num_cpus: Fraction = Field(1.0, description="Ray CPUs of one rank")
     num_gpus: Fraction = Field(0.0, description="Ray GPUs of one rank")
-    rendezvous_deadline: float = Field(120.0, gt=0.0, description="seconds all ranks have to meet")
-    batch_deadline: float = Field(
+    rendezvous_deadline: Real = Field(120.0, gt=0.0, description="seconds all ranks have to meet")
+    batch_deadline: Real = Field(
         1800.0, gt=0.0, description="seconds the learner waits for a batch before the run fails"
     )
 
@@ -254,11 +262,11 @@ class EvaluationConfig(Settings):
     data: DataConfig | None = Field(None, description="held-out prompts; None: no evaluation")
     prompts: Positive = Field(200, description="most prompts used, in their order")
     responses_per_prompt: Positive = Field(1, description="k of avg@k")
-    temperature: float | None = Field(None, description="None: the rollout's")
+    temperature: Real | None = Field(None, ge=0.0, description="None: the rollout's; 0: greedy")
     every: NonNegative = Field(
         0, description="steps between evaluations during training, each with a checkpoint; 0: only before and after"
     )
-    deadline: float = Field(3600.0, gt=0.0, description="seconds one evaluation may take")
+    deadline: Real = Field(3600.0, gt=0.0, description="seconds one evaluation may take")
 
     @property
     def checkpoint_every(self) -> int:
@@ -282,11 +290,11 @@ class RunSettings(Settings):
         description="folder name; None: the config's file name and the date",
     )
     folder: str | None = Field(None, description="where runs live (path or fsspec URL); None: DELTAL_RUNS or ./runs")
-    seed: int = Field(0, description="of prompt order, sampling and mini-batches")
+    seed: NonNegative = Field(0, le=2**32 - 1, description="of prompt order, sampling and mini-batches")
     steps: Positive = Field(20, description="batches to train")
     max_resumes: NonNegative = Field(3, description="how often the driver resumes after the Controller died")
     max_restarts: Positive = Field(10, description="deaths of one role the supervisor heals before the run fails")
-    heartbeat_seconds: float = Field(2.0, gt=0.0, description="of the run folder's lock; it ends after 10 missed beats")
+    heartbeat_seconds: Real = Field(2.0, gt=0.0, description="of the run folder's lock; it ends after 10 missed beats")
     export: bool = Field(True, description="write a Hugging Face folder at the end")
     forked_from: str | None = Field(
         None, description="RUN:VERSION whose weights it began from; written by `train --from`, not by hand"

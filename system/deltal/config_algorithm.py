@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from deltal.config_base import NonNegative, Positive, Settings
+from deltal.config_base import NonNegative, Positive, Real, Settings
 
 
 def _alpha(value: object) -> float | Literal["auto"]:
@@ -23,11 +23,11 @@ def _alpha(value: object) -> float | Literal["auto"]:
 class AutoAlpha(Settings):
     """How `alpha: auto` takes α = β, fitted while training under Var(g_i) ∝ L_i^β."""
 
-    low: float = Field(0.0, ge=0.0, description="least α")
-    high: float = Field(1.5, ge=0.0, description="largest α")
-    fallback: float = Field(1.0, ge=0.0, description="α while the estimate is uncertain")
-    certain_within: float = Field(0.3, gt=0.0, description="largest half width of β's 95% interval that is trusted")
-    drift: float = Field(0.03, ge=0.0, description="how far β may wander from one batch to the next, as a deviation")
+    low: Real = Field(0.0, ge=0.0, description="least α")
+    high: Real = Field(1.5, ge=0.0, description="largest α")
+    fallback: Real = Field(1.0, ge=0.0, description="α while the estimate is uncertain")
+    certain_within: Real = Field(0.3, gt=0.0, description="largest half width of β's 95% interval that is trusted")
+    drift: Real = Field(0.03, ge=0.0, description="how far β may wander from one batch to the next, as a deviation")
 
     @model_validator(mode="after")
     def _low_is_not_above_high(self) -> AutoAlpha:
@@ -89,9 +89,9 @@ class PpoClip(Settings):
     """PPO's clipped surrogate (arXiv 1707.06347) with separate bounds (DAPO's clip-higher) and dual clip."""
 
     kind: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(0.3, gt=0.0, description="ratio is clipped above 1 + clip_high")
-    dual_clip: float | None = Field(
+    clip_low: Real = Field(0.2, gt=0.0, lt=1.0, description="ratio is clipped below 1 - clip_low")
+    clip_high: Real = Field(0.3, gt=0.0, description="ratio is clipped above 1 + clip_high")
+    dual_clip: Real | None = Field(
         None, gt=1.0, description="where the advantage is negative, the ratio counts at most so much; None: no bound"
     )
 
@@ -100,31 +100,29 @@ class Gspo(Settings):
     """GSPO (arXiv 2507.18071): PPO's surrogate with one ratio a response, the geometric mean of its tokens'."""
 
     kind: Literal["gspo"] = "gspo"
-    clip_low: float = Field(3e-4, gt=0.0, lt=1.0, description="the response's ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(4e-4, gt=0.0, description="the response's ratio is clipped above 1 + clip_high")
+    clip_low: Real = Field(3e-4, gt=0.0, lt=1.0, description="the response's ratio is clipped below 1 - clip_low")
+    clip_high: Real = Field(4e-4, gt=0.0, description="the response's ratio is clipped above 1 + clip_high")
 
 
 class Cispo(Settings):
     """CISPO (arXiv 2506.13585): -A log π, weighted by a bounded ratio that is held constant."""
 
     kind: Literal["cispo"] = "cispo"
-    clip_low: float | None = Field(
+    clip_low: Real | None = Field(
         None,
         gt=0.0,
         lt=1.0,
         description="the ratio counts at least 1 - clip_low; None, as in the paper's runs: no bound",
     )
-    clip_high: float = Field(4.0, gt=0.0, description="the ratio counts at most 1 + clip_high")
+    clip_high: Real = Field(4.0, gt=0.0, description="the ratio counts at most 1 + clip_high")
 
 
 class Sapo(Settings):
     """SAPO (arXiv 2511.20347): a sigmoid of the ratio in place of the clip."""
 
     kind: Literal["sapo"] = "sapo"
-    temperature_positive: float = Field(1.0, gt=0.0, description="τ of tokens with positive advantage")
-    temperature_negative: float = Field(
-        1.05, gt=0.0, description="τ of the others; larger: their gradient fades faster"
-    )
+    temperature_positive: Real = Field(1.0, gt=0.0, description="τ of tokens with positive advantage")
+    temperature_negative: Real = Field(1.05, gt=0.0, description="τ of the others; larger: their gradient fades faster")
 
 
 class Reinforce(Settings):
@@ -146,7 +144,7 @@ class TruncatedImportance(Settings):
     """Truncated importance sampling (TIS): min(exp(proximal - old), cap)."""
 
     kind: Literal["truncate"] = "truncate"
-    cap: float = Field(2.0, gt=0.0, description="largest weight")
+    cap: Real = Field(2.0, gt=0.0, description="largest weight")
     level: Level = Field("token", description="weight of a token by its own ratio, or by the product of its response's")
 
 
@@ -154,8 +152,8 @@ class MaskedImportance(Settings):
     """Masked importance sampling (IcePop): exp(proximal - old) between low and high, else 0."""
 
     kind: Literal["mask"] = "mask"
-    low: float = Field(0.5, ge=0.0, le=1.0, description="a smaller ratio leaves the loss")
-    high: float = Field(5.0, ge=1.0, description="a larger ratio leaves the loss")
+    low: Real = Field(0.5, ge=0.0, le=1.0, description="a smaller ratio leaves the loss")
+    high: Real = Field(5.0, ge=1.0, description="a larger ratio leaves the loss")
     level: Level = Field("token", description="weight of a token by its own ratio, or by the product of its response's")
 
 
@@ -172,14 +170,14 @@ class K1Kl(Settings):
     """KL(policy ‖ reference) by (log π - log ref) · log π, the first factor held constant: an unbiased gradient."""
 
     kind: Literal["k1"] = "k1"
-    coefficient: float = Field(0.001, gt=0.0, description="of the KL in the loss; a second model is loaded")
+    coefficient: Real = Field(0.001, gt=0.0, description="of the KL in the loss; a second model is loaded")
 
 
 class K3Kl(Settings):
     """GRPO's KL term (arXiv 2402.03300, equation 4): ref / π - log(ref / π) - 1."""
 
     kind: Literal["k3"] = "k3"
-    coefficient: float = Field(0.001, gt=0.0, description="of the KL in the loss; a second model is loaded")
+    coefficient: Real = Field(0.001, gt=0.0, description="of the KL in the loss; a second model is loaded")
 
 
 KlConfig = Annotated[NoKl | K1Kl | K3Kl, Field(discriminator="kind")]
@@ -212,7 +210,7 @@ class AlgorithmConfig(Settings):
     kl: KlConfig = Field(
         default_factory=lambda: NoKl(), description="penalty for leaving the model that the run began from"
     )
-    entropy_coefficient: float = Field(0.0, ge=0.0, description="of the entropy that is added to the objective")
+    entropy_coefficient: Real = Field(0.0, ge=0.0, description="of the entropy that is added to the objective")
     mini_batches: Positive = Field(1, description="optimizer steps on one batch")
     sketch: SketchConfig = Field(
         default_factory=lambda: SketchConfig(),

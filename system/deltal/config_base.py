@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0)]
+
+def _no_switch(value: Any) -> Any:
+    """Python takes true for 1; in a settings file it is a slip."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted here")
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_no_switch)]
+Positive = Annotated[int, BeforeValidator(_no_switch), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_no_switch), Field(ge=0)]
+Fraction = Annotated[Real, Field(ge=0.0)]
+Decay = Annotated[Real, Field(ge=0.0, lt=1.0)]
 
 
 class Settings(BaseModel):

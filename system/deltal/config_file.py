@@ -25,7 +25,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"{where}: this is no valid YAML: {getattr(error, 'problem', None) or error}") from error
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{where}: this is no valid YAML: {why}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
     return resolve(loaded, overrides, where=path)
@@ -136,6 +137,11 @@ def _explain(error: ValidationError) -> str:
         field = settings.model_fields.get(keys[-1]) if settings else None
         choices = [_tag(model) for model in _models(field.annotation)] if field else []
         message = f"`kind` is missing: name one of {', '.join(filter(None, choices))}"
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        choices = [choice.strip(" '") for choice in context["expected_tags"].split(",")]
+        near = difflib.get_close_matches(context["tag"], choices, n=1, cutoff=0.0)
+        return f"{dotted}.kind = {context['tag']!r} is none of {', '.join(choices)}; the nearest is {near[0]}"
     given = first["input"]
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     return f"{dotted}: {message}{shown}" if dotted else message

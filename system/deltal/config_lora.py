@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deltal.config_base import Positive, Settings
+from deltal.config_base import Positive, Real, Settings
 
 
 class NoLora(Settings):
@@ -20,8 +20,8 @@ class Lora(Settings):
 
     kind: Literal["lora"] = "lora"
     rank: Positive = Field(16, description="rows of A")
-    alpha: float = Field(32.0, gt=0.0, description="the adapter counts alpha / rank")
-    dropout: float = Field(
+    alpha: Real = Field(32.0, gt=0.0, description="the adapter counts alpha / rank")
+    dropout: Real = Field(
         0.0, ge=0.0, le=0.0, description="0 and nothing else: a ratio needs the distribution that was sampled from"
     )
     targets: tuple[str, ...] = Field(

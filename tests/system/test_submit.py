@@ -59,10 +59,14 @@ def cluster(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_submitted_job_trains_and_leaves_its_run_folder(cluster: str, tmp_path: Path):
-    runs = tmp_path / "runs"
+    runs, data = tmp_path / "runs", tmp_path / "data.jsonl"
+    rows = ({"prompt": f"max {i} {i + 1}", "answer": str(i + 1), "task": "largest"} for i in range(10, 30))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    relative = os.path.relpath(data)  # a job runs in another folder
     submitted = deltal(
-        "submit", TINY, "run.steps=2", "run.export=false", "evaluation.data=null", "--run", "job", "--address", cluster,
-        "--wait", timeout=240.0, DELTAL_RUNS=str(runs),
+        "submit", TINY, "run.steps=2", "run.export=false", "evaluation.data=null",
+        f"data={{kind: jsonl, path: {relative}}}",
+        "--run", "job", "--address", cluster, "--wait", timeout=240.0, DELTAL_RUNS=str(runs),
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     summary = json.loads((runs / "job" / "summary.json").read_text())

@@ -1,5 +1,6 @@
 """The whole job on the tiny model: one real run, looked at from all sides (and scaled and scraped while it goes on)."""
 
+import itertools
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from deltal.config_algorithm import AutoAlpha
 from deltal.learner.export import export
 from deltal.learner.model import prepare
 from deltal.monitor.metrics import metric_names
@@ -37,6 +39,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     overrides = (
         f"run.steps={STEPS}", "data.kind=jsonl", f"data.path={data}", "learner.checkpoint_every=1",
         "learner.keep_checkpoints=100", "rollout.num_cpus=0.25", "replay.max_ahead=1",
+        # Entropy trains every response, so that each has a sketch for β.
+        "algorithm.aggregation.alpha=auto", "algorithm.entropy_coefficient=1e-4",
     )  # fmt: skip
     config = root / "job.yaml"
     lines = Path(TINY).read_text().splitlines()
@@ -102,6 +106,17 @@ def test_every_step_has_its_row_with_finite_figures(job: dict[str, Any]):
         assert not row["skipped"]
         if row["logprob_difference_max"] is not None:
             assert row["logprob_difference_max"] < 1e-3, "engine and learner agree where the version is the same"
+
+
+def test_alpha_is_taken_from_the_batches_before_and_only_when_certain(job: dict[str, Any]):
+    auto, rows = AutoAlpha(), [row["variance"] for row in job["rows"]]
+    assert rows[0]["alpha"] == auto.fallback
+    for before, after in itertools.pairwise(rows):
+        half_width = before["beta_half_width"]
+        certain = half_width is not None and half_width <= auto.certain_within
+        beta = min(max(before["beta_smoothed"], auto.low), auto.high) if certain else auto.fallback
+        assert after["alpha"] == pytest.approx(beta)
+    assert any(row["beta"] is not None for row in rows)
 
 
 def test_the_ledger_balances_and_is_proved_from_the_folder_alone(job: dict[str, Any]):

@@ -279,6 +279,10 @@ def test_tensor_array_and_sequence_are_the_same() -> None:
         ({"lengths": [1.5]}, r"dtype float64"),
         ({"lengths": [[1], [2]]}, r"shape \(2, 1\)"),
         ({"lengths": [1], "max_length": 0}, r"max_length = 0"),
+        ({"lengths": [1], "max_length": 8.5}, r"max_length = 8.5"),
+        ({"lengths": [1], "max_length": "8"}, r"max_length = '8'"),
+        ({"lengths": [1], "max_length": 2**70}, r"max_length = 1180591620717411303424"),
+        ({"lengths": [1], "alpha": "1"}, r"alpha = '1'"),
         ({"lengths": [1], "method": "delta_k"}, r"'delta_k' is no aggregation; the nearest is 'delta_l'"),
     ],
 )

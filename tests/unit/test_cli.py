@@ -30,10 +30,14 @@ def refused(*arguments: str, **environment: str) -> str:
         ("rollout", "must look like"),
         ("algorithm.aggregation.kind=grop", "grpo"),
         ("data.kind=jsonl", "data"),
+        ("data.task=largset", "the nearest is 'largest'"),
+        ("chat.template={% if %}", "chat.template, line 1"),
+        ("chat.template=chatlm", "chat.template = 'chatlm'"),
     ],
 )
 def test_a_wrong_setting_is_named(override: str, says: str, tmp_path: Path):
-    assert says in refused("train", TINY, override, DELTAL_RUNS=str(tmp_path))
+    for planned in ((), ("--dry-run",)):
+        assert says in refused("train", TINY, override, *planned, DELTAL_RUNS=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,6 +120,9 @@ def test_every_configuration_plans_without_a_hub(path: str):
     assert result.returncode == 0, result.stderr
     assert "parameters" in result.stdout
     assert "learner" in result.stdout
+    facts = json.loads(deltal("train", path, "--dry-run", "--json", HF_HUB_OFFLINE="1").stdout)
+    assert {"rollout", "learner", "verify"} <= {actor["role"] for actor in facts["actors"]}
+    assert (facts["not_looked_at"] == ["model Qwen/Qwen2.5-3B"]) is ("3b" in path)
 
 
 def test_config_explains_every_setting():

@@ -98,6 +98,11 @@ def test_a_weight_by_response_asks_for_their_numbers() -> None:
         importance_weight(torch.zeros(2), torch.zeros(2), TruncatedImportance(level="sequence"))
 
 
+def test_tensors_of_other_shapes_are_named_and_not_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"old_logprob has shape \(1,\), but proximal_logprob has \(2,\)"):
+        importance_weight(torch.zeros(2), torch.zeros(1), TruncatedImportance())
+
+
 @given(NUMBERS)
 def test_the_expected_mismatch_is_the_kl_of_engine_and_learner(seed: int) -> None:
     """Over all tokens the engine may draw, by their chances."""

@@ -102,3 +102,5 @@ def test_without_a_kl_term_nothing_is_added() -> None:
 def test_a_kl_term_asks_for_the_reference() -> None:
     with pytest.raises(ValueError, match="the KL term k1 needs `reference_logprob`"):
         kl_penalty(torch.zeros(2), None, K1Kl())
+    with pytest.raises(ValueError, match=r"reference_logprob has shape \(1,\), but new_logprob has \(2,\)"):
+        kl_penalty(torch.zeros(2), torch.zeros(1), K1Kl())

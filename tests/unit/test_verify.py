@@ -160,6 +160,14 @@ def test_countdown_accepts_what_is_exactly_right(numbers: list[int], operations:
         ("7", r"\boxed{10000000!}", False),
         ("7", r"\boxed{" + "9" * 5000 + "}", False),
         ("7", "", False),
+        ("4", r"\boxed{5=4}", False),
+        ("4", r"\boxed{2+2=4}", True),
+        ("4", r"\boxed{x=4}", True),
+        (r"\frac{1}{2}", r"\boxed{\frac{2}{4}=\frac{1}{2}}", True),
+        ("1", r"\boxed{1,1,1}", False),
+        ("1000000", r"\boxed{1,000,000}", True),
+        ("1,2", r"\boxed{2,1}", True),
+        ("1000000!", r"\boxed{7}", False),
     ],
 )
 def test_math_is_the_last_box_after_the_thoughts(answer: str, text: str, expected: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,8 +76,8 @@ def token_coefficients(method: str, lengths: Lengths, *, max_length: int, alpha:
     if method not in AGGREGATIONS:
         near = difflib.get_close_matches(method, AGGREGATIONS, n=1, cutoff=0.0)[0]
         raise ValueError(f"method = {method!r} is no aggregation; the nearest is {near!r}")
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"alpha = {alpha} must be finite and not negative")
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"alpha = {alpha!r} must be a finite number and not negative")
     checked = _checked(lengths, max_length)
     written = checked > 0
     if not bool(written.any()):
@@ -93,8 +94,9 @@ def _checked(lengths: Lengths, max_length: int) -> Tensor:
         raise ValueError(f"lengths has shape {array.shape}: it must have one entry a response")
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"lengths has dtype {array.dtype}: lengths are whole numbers of tokens")
-    if max_length < 1:
-        raise ValueError(f"max_length = {max_length} must be at least 1")
+    whole = isinstance(max_length, numbers.Integral) and not isinstance(max_length, bool)
+    if not whole or not 1 <= max_length < 2**63:
+        raise ValueError(f"max_length = {max_length!r} must be a whole number of tokens, at least 1")
     for wrong, why in ((array < 0, "is negative"), (array > max_length, f"is above max_length = {max_length}")):
         if wrong.any():
             place = int(wrong.argmax())

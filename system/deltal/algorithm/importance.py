@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltal.algorithm.sequence import needed, sum_over_response
+from deltal.algorithm.sequence import needed, same_shape, sum_over_response
 from deltal.config_algorithm import ImportanceConfig, MaskedImportance, NoImportance, TruncatedImportance
 
 Importance = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
@@ -51,8 +51,9 @@ def importance_weight(
     """Weight float[T] of each token, and bool[T]: it was truncated or masked. Both are constants of the loss.
 
     `proximal_logprob`, `old_logprob`: float[T]. `sequence` int64[T]: the number of each token's response, for level
-    `sequence`; ValueError when it is missing then.
+    `sequence`; ValueError when it is missing then, or when shapes differ.
     """
+    same_shape(proximal_logprob=proximal_logprob, old_logprob=old_logprob, sequence=sequence)
     log_ratio = (proximal_logprob - old_logprob).detach()
     if getattr(settings, "level", "token") == "sequence":
         log_ratio = sum_over_response(log_ratio, needed(sequence, "importance at level sequence"))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from deltal.algorithm.sequence import same_shape
 from deltal.config_algorithm import KlConfig, NoKl
 
 KlTerm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -46,11 +47,12 @@ KL_TERMS: dict[str, KlTerm] = {"k1": k1, "k3": k3}
 def kl_penalty(new_logprob: Tensor, reference_logprob: Tensor | None, settings: KlConfig) -> tuple[Tensor, Tensor]:
     """What `settings` adds to each token's loss, coefficient included, and the estimate of the KL; float[T] both.
 
-    Zeros for kind `none`. Raises ValueError when another kind has no `reference_logprob`.
+    Zeros for kind `none`. Raises ValueError when another kind has no `reference_logprob`, or one of another shape.
     """
     if isinstance(settings, NoKl):
         return torch.zeros_like(new_logprob), torch.zeros_like(new_logprob)
     if reference_logprob is None:
         raise ValueError(f"the KL term {settings.kind} needs `reference_logprob`, float[T]")
+    same_shape(new_logprob=new_logprob, reference_logprob=reference_logprob)
     loss, value = KL_TERMS[settings.kind](new_logprob, reference_logprob.detach())
     return settings.coefficient * loss, value

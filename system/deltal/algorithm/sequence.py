@@ -21,6 +21,14 @@ def mean_over_response(values: Tensor, sequence: Tensor) -> Tensor:
     return sum_over_response(values, sequence) / sum_over_response(torch.ones_like(values), sequence)
 
 
+def same_shape(**named: Tensor | None) -> None:
+    """Raises ValueError, naming both, when two of the tensors that are there differ in shape: no broadcasting here."""
+    there = [(name, tuple(tensor.shape)) for name, tensor in named.items() if tensor is not None]
+    for name, shape in there[1:]:
+        if shape != there[0][1]:
+            raise ValueError(f"{name} has shape {shape}, but {there[0][0]} has {there[0][1]}")
+
+
 def needed(sequence: Tensor | None, who: str) -> Tensor:
     """`sequence`, or ValueError when it is missing."""
     if sequence is None:

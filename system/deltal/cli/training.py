@@ -43,10 +43,17 @@ def train(
     if source is not None:
         settings = fork.planned(settings, source)
     if dry_run:
+        unseen = _check(settings, local=False, hub=False)
         planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
+        problems = planned.problems(available)
+        if as_json:
+            out.print_json(data={**planned.facts(), "problems": problems, "not_looked_at": unseen})
+            return
         out.print(planned.table())
-        for problem in planned.problems(available):
+        for problem in problems:
             out.print(f"[red]does not fit[/] {escape(gpus or 'this machine')}: {escape(problem)}", soft_wrap=True)
+        for name in unseen:
+            out.print(f"not looked at, for it is not on this machine: {escape(name)}", soft_wrap=True)
         out.print(f"{config} is valid; nothing was started")
         return
     folder = RunFolder(f"{runs_root(settings)}/{settings.run.name}")
@@ -101,7 +108,7 @@ def submit(
     from deltal.run.submit import follow
     from deltal.run.submit import submit as submit_job
 
-    settings = _named(load_config(config, overrides or []), run, Path(config).stem)
+    settings = _placed(_named(load_config(config, overrides or []), run, Path(config).stem))
     root = runs_root(settings)
     environment = {"DELTAL_RUNS": root if "://" in root else str(Path(root).absolute())}
     environment |= {name: os.environ[name] for name in ("DELTAL_DATA", "DELTAL_TOKEN") if name in os.environ}
@@ -129,19 +136,41 @@ def _named(settings: RunConfig, run: str | None, stem: str) -> RunConfig:
         raise ConfigError(f"run name {name!r}: letters, digits, dots, dashes and underscores, please") from None
 
 
-def _check(settings: RunConfig, *, local: bool) -> None:
-    """What can be known to be wrong before anything starts. Raises a UserError."""
+def _placed(settings: RunConfig) -> RunConfig:
+    """Relative paths that exist here made whole: a job runs in a folder of its own."""
+    values = settings.model_dump(mode="json")
+    for part in (values["model"], values["data"], values["evaluation"]["data"] or {}):
+        if part.get("path") and Path(part["path"]).exists():
+            part["path"] = str(Path(part["path"]).absolute())
+    return RunConfig.model_validate(values)
+
+
+def _check(settings: RunConfig, *, local: bool, hub: bool = True) -> list[str]:
+    """What can be known to be wrong before anything starts. Raises a UserError.
+
+    Returns what was not looked at: names of hub models, and without `hub` names of hub data sets.
+    """
+    from deltal.data.chat import check_template
     from deltal.data.datasets import load_prompts
     from deltal.run.model_folder import check_model_folder
     from deltal.run.plan import check, machine
+    from deltal.verify.registry import find
 
+    unseen = []
+    check_template(settings.chat)
     if settings.model.kind == "hf":
         check_model_folder(settings.model.path)
-    load_prompts(settings.data)
-    if settings.evaluation.data is not None:
-        load_prompts(settings.evaluation.data)
+        if not Path(settings.model.path).expanduser().exists():
+            unseen.append(f"model {settings.model.path}")
+    for data in (settings.data, settings.evaluation.data):
+        if data is not None and data.kind == "hf" and not hub and not Path(data.name).exists():
+            unseen.append(f"data set {data.name}")
+        elif data is not None:
+            for task in {prompt.task for prompt in load_prompts(data)}:
+                find(task)
     if local:
         check(settings, machine())
+    return unseen
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:

@@ -11,10 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltal.config import ChatConfig
-from deltal.errors import DataError, ModelError, one_line
+from deltal.errors import ConfigError, DataError, ModelError, one_line
 from deltal.types import Message, Prompt
 
 CHATML_END = "<|im_end|>"
+
+
+def check_template(settings: ChatConfig) -> None:
+    """Whether a Jinja template of the settings can be read. Raises ConfigError, in one line, when it cannot."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if settings.template in ("model", "plain", "chatml"):
+        return
+    if "{" not in settings.template:
+        raise ConfigError(
+            f"chat.template = {settings.template!r} is neither model, chatml, plain nor a Jinja template over messages"
+        )
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(settings.template)
+    except TemplateSyntaxError as error:
+        if "unknown tag" in str(error):
+            return  # transformers has tags of its own
+        raise ConfigError(f"chat.template, line {error.lineno}: {one_line(error)}") from error
 
 
 class Chat:

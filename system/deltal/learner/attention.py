@@ -1,8 +1,9 @@
 """Attention of a packed row on CPU: block by block, so that what may not be seen is not computed at all.
 
 A segment is a prompt and its responses. With one response it is one causal block. With more there are three kinds: the
-prompt on itself and each response on itself, both causal, and all responses on the prompt, whole. A response's two results are one softmax, joined by their log-sum-exps;
-backward goes through each block alone, given the joined ones. No mask is made, and nothing of size T² is kept.
+prompt on itself and each response on itself, both causal, and all responses on the prompt, whole. A response's two
+results are one softmax, joined by their log-sum-exps; backward goes through each block alone, given the joined ones.
+No mask is made, and nothing of size T² is kept.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address is None:
-            store = int((sum(plan.object_store_gib.values()) + 0.5) * GIB)
+            # Ray writes to disk what is above 80% of the store: leave that room, and some for what is not freed yet.
+            store = int((sum(plan.object_store_gib.values()) / 0.7 + 0.75) * GIB)
             with loopback_kept():
                 # `local`, or Ray would join any cluster that runs on this machine.
                 context = ray.init(

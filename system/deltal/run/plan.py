@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -69,6 +70,17 @@ class Plan:
     def gpus(self) -> float:
         """Of all actors."""
         return sum(actor.count * actor.num_gpus for actor in self.actors)
+
+    def facts(self) -> dict[str, Any]:
+        """For programs: plain values, sizes in GiB."""
+        return {
+            "actors": [asdict(actor) for actor in self.actors],
+            "parameters": self.parameters,
+            "object_store_gib": dict(self.object_store_gib),
+            "cpus": self.cpus,
+            "gpus": self.gpus,
+            "ram_gib": self.ram_gib,
+        }
 
     def table(self) -> Table:
         """For people: a line a role, then the object store and the sum."""

@@ -23,6 +23,8 @@ SPACED_NUMBER = re.compile(r"[+-]?[0-9]{1,3}(?:(?:\\[,;: !]|[ ~]|\{,\})[0-9]{3})
 SEPARATOR = re.compile(r"\\[,;: !]|[ ~]|\{,\}")
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})")
 RATIO = re.compile(r"[0-9]\s*:\s*[0-9]")
+THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+COMMAND = re.compile(r"\\[A-Za-z]+")
 UNIT = re.compile(r"\\(?:text|mathrm|textrm)\s*\{\s*([A-Za-z. ]+?)\s*\}\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*$")
 # A number as base and exponent of an exponent, or a factorial of one that fills the memory.
 TOWER = re.compile(r"\^\s*\{?\s*\(?\s*[0-9]+\s*\)?\s*\^|[0-9]{5,}\s*\)?\s*!|!\s*!|\^\s*\{?\s*[0-9]{5,}")
@@ -59,7 +61,7 @@ def math(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
         return compared(_balanced(said), said)
     if boxed is not None and (refusal := _refusal(answer, said)) is not None:
         return Finding(False, said, refusal)
-    if TOWER.search(said):
+    if TOWER.search(said) or TOWER.search(answer):
         return Finding(False, said, "too large")
     return _by_math_verify(_written_out(answer), _written_out(said), boxed is not None, said)
 
@@ -72,6 +74,9 @@ def _refusal(answer: str, said: str) -> str | None:
         return "unclosed bracket"
     if bool(RATIO.search(said)) != bool(RATIO.search(answer)):
         return "ratio against number"
+    listed, wanted = _listed(said), _listed(answer)
+    if len(listed) != len(wanted) and len(set(listed)) < len(listed):
+        return "repeated answer"
     units = _unit(answer), _unit(said)
     if None not in units and units[0] != units[1]:
         return "other unit"
@@ -85,6 +90,19 @@ def _balanced(text: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
+
+
+def _listed(text: str) -> list[str]:
+    """What stands between commas that are no thousands separators."""
+    return [part.strip() for part in THOUSANDS.sub("", text).split(",")]
+
+
+def _sides(text: str) -> tuple[str, str] | None:
+    """Both sides of an equation between numbers; None for anything else, `x = 4` too."""
+    sides = text.split("=")
+    if len(sides) != 2 or not all(side.strip() for side in sides) or re.search("[A-Za-z]", COMMAND.sub("", text)):
+        return None
+    return sides[0], sides[1]
 
 
 def _unit(text: str) -> tuple[str, str] | None:
@@ -128,4 +146,9 @@ def _by_math_verify(answer: str, said: str, boxed: bool, parsed: str) -> Finding
     if not found:
         return Finding(False, parsed if boxed else None, "not understood" if boxed else "no answer")
     equal = verify(gold, found, float_rounding=ROUNDING, allow_set_relation_comp=True, timeout_seconds=None)
+    sides = _sides(said) if boxed and equal and "=" not in answer else None
+    if sides is not None:
+        left, right = (parse(rf"\boxed{{{side}}}", ways, parsing_timeout=None) for side in sides)
+        if not verify(left, right, float_rounding=ROUNDING, timeout_seconds=None):
+            return Finding(False, parsed, "equation that does not hold")
     return compared(bool(equal), parsed if boxed else str(found[-1]))
