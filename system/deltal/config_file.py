@@ -138,10 +138,9 @@ def _explain(error: ValidationError) -> str:
         choices = [_tag(model) for model in _models(field.annotation)] if field else []
         message = f"`kind` is missing: name one of {', '.join(filter(None, choices))}"
     if first["type"] == "union_tag_invalid":
-        context = first["ctx"]
-        choices = [choice.strip(" '") for choice in context["expected_tags"].split(",")]
-        near = difflib.get_close_matches(context["tag"], choices, n=1, cutoff=0.0)
-        return f"{dotted}.kind = {context['tag']!r} is none of {', '.join(choices)}; the nearest is {near[0]}"
+        tag, known = first["ctx"]["tag"], [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(tag, known, n=1, cutoff=0.0)
+        return f"{dotted}.kind = {tag!r} is none of {', '.join(known)}; the nearest is {near[0]}"
     given = first["input"]
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     return f"{dotted}: {message}{shown}" if dotted else message
