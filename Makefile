@@ -30,7 +30,7 @@ test-all: install
 
 # What each aggregation would do to the demo model's real gradients: table, CSV and PNG in build/variance-demo.
 variance-demo: install
-	$(DELTAL) variance configs/demo.yaml --out build/variance-demo
+	$(DELTAL) variance configs/demo.yaml --set rollout.max_response_tokens=64 --out build/variance-demo
 
 # The learner's step against TRL's loss, side by side; TRL lives in a venv of its own, with the same torch.
 bench-learner: install build/trl-venv/installed

@@ -230,11 +230,15 @@ def test_each_group_of_a_batch_record_was_admitted_before_it(job: dict[str, Any]
 
 
 def test_the_trained_model_can_be_evaluated_and_exported_later(job: dict[str, Any], tmp_path: Path):
-    measured = deltal("eval", str(job["root"] / "job"), "--prompts", "8", "--json")
+    measured = deltal(
+        "eval", str(job["root"] / "job"), "--prompts", "8", "--responses", "2", "--json",
+        "--set", "rollout.max_response_tokens=3",
+    )  # fmt: skip
     assert measured.returncode == 0, measured.stderr
     row = json.loads(measured.stdout)
     assert row["prompts"] == 8
-    assert 0 <= row["accuracy"] <= 1
+    assert 0 <= row["accuracy"] == row["pass_at"]["1"]["value"] <= row["pass_at"]["2"]["value"] <= 1
+    assert row["response_length"] <= 3
     exported = deltal("export", str(job["root"] / "job"), str(tmp_path / "model"), "--step", "2")
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "model" / "config.json").exists()

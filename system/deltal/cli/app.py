@@ -25,6 +25,9 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value]…", help="values that replace the file's")
 ]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replaces a value of the settings; repeatable")
+]
 Json = Annotated[bool, typer.Option("--json", help="print facts as JSON")]
 Address = Annotated[
     str | None, typer.Option(help="of a Ray cluster; without it a local Ray starts and ends with the run")

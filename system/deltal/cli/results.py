@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deltal.cli.app import LOOK, Address, ConfigPath, Json, Overrides, Run, app, err, out, progress_bar
+from deltal.cli.app import LOOK, Address, ConfigPath, Json, Overrides, Run, Setting, app, err, out, progress_bar
 from deltal.config_file import explained, load_config
 
 
@@ -23,7 +23,8 @@ def evaluate(
         str | None, typer.Option(help="chat, sampling and verification settings; default: the run's")
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="most prompts used")] = None,
-    responses: Annotated[int, typer.Option(help="k of avg@k")] = 1,
+    responses: Annotated[int, typer.Option(help="k of avg@k, and the largest k of pass@k")] = 1,
+    overrides: Setting = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's accuracy on held-out prompts with vLLM, without Ray."""
@@ -31,7 +32,7 @@ def evaluate(
     from deltal.run.offline import data_source, model_and_settings
     from deltal.run.offline import evaluate as measure
 
-    folder, settings = model_and_settings(model, config)
+    folder, settings = model_and_settings(model, config, overrides or [])
     source = data_source(data, settings)
     chosen = load_prompts(source)[: prompts or settings.evaluation.prompts]
     with progress_bar("sampling") as advance:
@@ -42,6 +43,9 @@ def evaluate(
         low, high = row["interval_95"]
         out.print(f"accuracy {row['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}) on {row['prompts']} prompts, "
                   f"{row['overlong']} overlong, mean length {row['response_length'] or 0:.1f} tokens")  # fmt: skip
+        for k, told in list(row["pass_at"].items())[1:]:
+            low, high = told["interval_95"]
+            out.print(f"pass@{k} {told['value']:.3f} (95% interval {low:.3f} to {high:.3f})")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -61,6 +65,7 @@ def variance(
         str, typer.Option(help="exact gradients of: lm_head, or a regular expression over parameter names")
     ] = "lm_head",
     folder: Annotated[str, typer.Option("--out", help="where table, CSV and PNG go")] = "variance",
+    overrides: Setting = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each aggregation would do to a model's real gradients: bias, variance, β."""
@@ -70,7 +75,7 @@ def variance(
     from deltal.run.offline import data_source, model_and_settings, sample
     from deltal.run.variance import instrument, table, write
 
-    where, settings = model_and_settings(model, config)
+    where, settings = model_and_settings(model, config, overrides or [])
     chosen = load_prompts(data_source(data, settings))[:prompts]
     temperature = settings.rollout.temperature
     with progress_bar("sampling") as advance:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from deltal.config import DataConfig, JsonlData, ParquetData, RunConfig
-from deltal.config_file import load_config
+from deltal.config_file import load_config, resolve
 from deltal.data.chat import Chat
 from deltal.errors import RunNotFoundError, UserError
 from deltal.rollout.engine import Sampling
-from deltal.run.evaluation import mean_interval
+from deltal.run.evaluation import mean_interval, pass_at
 from deltal.run.folder import RunFolder
 from deltal.run.model_folder import check_model_folder
 from deltal.types import Group, GroupId, Prompt, Response, ScoredGroup, Span
@@ -73,7 +73,8 @@ def evaluate(
     if temperature is None:
         temperature = config.rollout.temperature
     scored = sample(model, prompts, config, responses=responses, temperature=temperature, advance=advance)
-    correct = [sum(verdict.correct for verdict in one.verdicts) / responses for one in scored]
+    right = [sum(verdict.correct for verdict in one.verdicts) for one in scored]
+    correct = [count / responses for count in right]
     written = [response for one in scored for response in one.group.responses]
     return {
         "model": model,
@@ -81,21 +82,22 @@ def evaluate(
         "responses_per_prompt": responses,
         "accuracy": float(np.mean(correct)),
         "interval_95": mean_interval(correct),
+        "pass_at": pass_at([(len(one.verdicts), count) for one, count in zip(scored, right, strict=True)]),
         "response_length": float(np.mean([r.length for r in written])) if written else None,
         "overlong": sum(response.finish == "length" for response in written),
         "prompts_too_long": sum(not one.group.responses for one in scored),
     }
 
 
-def model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]:
+def model_and_settings(model: str, config: str | None, overrides: Sequence[str] = ()) -> tuple[str, RunConfig]:
     """The model folder and the settings to sample it with; `model` may be a config, whose start model is meant.
 
-    Raises UserError, ModelError, ConfigError.
+    `overrides`: `key.sub=value` each, over the settings. Raises UserError, ModelError, ConfigError.
     """
     if model.endswith((".yaml", ".yml")):
         from deltal.learner.model import prepare
 
-        settings = load_config(model)
+        settings = load_config(model, overrides)
         return prepare(settings.model), settings
     try:
         folder = RunFolder.find(model)
@@ -105,10 +107,12 @@ def model_and_settings(model: str, config: str | None) -> tuple[str, RunConfig]:
                 f"{model} is no run; to evaluate a model name its settings: --config configs/demo.yaml"
             ) from None
         check_model_folder(model)
-        return model, load_config(config)
+        return model, load_config(config, overrides)
     if not folder.exists("export/config.json"):
         raise UserError(f"{folder.name} has no export yet: `deltal export {folder.name} DIR`, then evaluate DIR")
-    return folder.path("export"), load_config(config) if config else folder.config()
+    if config is not None:
+        return folder.path("export"), load_config(config, overrides)
+    return folder.path("export"), resolve(folder.config().model_dump(mode="json"), overrides, where=folder.name)
 
 
 def data_source(data: str | None, settings: RunConfig) -> DataConfig:
