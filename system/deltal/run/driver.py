@@ -77,14 +77,12 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address is None:
-            # Ray writes to disk what is above 80% of the store: leave that room, and some for what is not freed yet.
-            store = int((sum(plan.object_store_gib.values()) / 0.7 + 0.75) * GIB)
             with loopback_kept():
                 # `local`, or Ray would join any cluster that runs on this machine.
                 context = ray.init(
                     address="local",
                     include_dashboard=False,
-                    object_store_memory=store,
+                    object_store_memory=plan.object_store_bytes,
                     _node_ip_address="127.0.0.1",
                     **quiet,
                 )

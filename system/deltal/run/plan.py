@@ -23,6 +23,8 @@ SANDBOX_GIB = 0.15
 """Of one verifying process; `verify.memory_mib` bounds its address space, which is never all used."""
 RAY_GIB = 1.0
 """Ray's own processes on a head node."""
+SPILL_SHARE = 0.8
+"""Of the object store: above it Ray spills objects to disk, which costs a step seconds."""
 HEADROOM = 0.9
 """Share of the memory a plan may use: Ray kills workers at 95%."""
 
@@ -60,6 +62,11 @@ class Plan:
         """All actors, the object store and Ray itself."""
         actors = sum(actor.count * sum(actor.ram_gib.values()) for actor in self.actors)
         return actors + sum(self.object_store_gib.values()) + RAY_GIB
+
+    @property
+    def object_store_bytes(self) -> int:
+        """What a local Ray is given: it writes to disk what is above 80%, and frees a version late."""
+        return int((1.5 * sum(self.object_store_gib.values()) / SPILL_SHARE + 0.5) * GIB)
 
     @property
     def cpus(self) -> float:
