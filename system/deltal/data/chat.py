@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,7 @@ class Chat:
         """Number of token ids the tokenizer knows, added ones included."""
         return len(self._tokenizer)
 
-    @property
+    @functools.cached_property  # asked for with every response, and get_vocab() takes 50 ms
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a response, ascending: the tokenizer's eos, those of generation_config.json, chatml's end."""
         stops = {self._tokenizer.eos_token_id} | _generation_eos(Path(self._folder))
