@@ -99,12 +99,14 @@ def lengths(rows: Sequence[Row]) -> str:
 
 
 def coefficients(rows: Sequence[Row], summary: Row) -> str:
-    """Token coefficient times M against length in the last step that has samples, with the method's law.
+    """Token coefficient times M against length in the step whose lengths are furthest apart, with the method's law.
 
     The law gives the slope (c ∝ L^-α); its height is the samples' median, as only some of the batch are kept.
     """
-    samples = next((found for row in reversed(rows) if len(found := _samples(row))), np.empty((0, 2)))
-    method, alpha = summary.get("method"), number(summary.get("alpha"))
+    chosen = max(rows, key=lambda row: _spread(_samples(row)), default={})
+    samples, method = _samples(chosen), summary.get("method")
+    used = number(at(chosen, "variance", "alpha"))  # `alpha: auto` has another one each step
+    alpha = used if math.isfinite(used) else number(summary.get("alpha"))
     exponent = alpha if method == "delta_l" else EXPONENTS.get(str(method), math.nan)
 
     def paint(axes: Axes) -> None:
@@ -114,7 +116,7 @@ def coefficients(rows: Sequence[Row], summary: Row) -> str:
             return
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.scatter(samples[:, 0], samples[:, 1], s=14, label="responses of the last step")
+        axes.scatter(samples[:, 0], samples[:, 1], s=14, label=f"responses of step {number(chosen['step']):g}")
         if math.isfinite(exponent):
             height = np.median(samples[:, 1] * samples[:, 0] ** exponent)
             grid = np.geomspace(samples[:, 0].min(), samples[:, 0].max(), 50)
@@ -163,6 +165,8 @@ def beta(rows: Sequence[Row]) -> str:
         reach = np.abs(ends - fitted[:, None])[known].T
         axes.errorbar(steps[known], fitted[known], yerr=reach, fmt="o", markersize=3, alpha=0.5, label="β of the batch")
         lines(rows, {"β smoothed": ("variance", "beta_smoothed"), "α": ("variance", "alpha")}, "exponent")(axes)
+        low, high = axes.get_ylim()  # a batch that says nearly nothing must not flatten the others
+        axes.set_ylim(max(low, -1.0), min(high, 3.0))
 
     return draw(paint)
 
@@ -198,6 +202,11 @@ def _samples(row: Row) -> np.ndarray[Any, Any]:
     pairs = [interval(pair) for pair in items(row.get("coefficient_samples"))]
     kept = [pair for pair in pairs if pair[0] > 0 and pair[1] > 0]
     return np.array(kept) if kept else np.empty((0, 2))
+
+
+def _spread(samples: np.ndarray[Any, Any]) -> float:
+    """Longest over shortest; 0 without samples."""
+    return float(samples[:, 0].max() / samples[:, 0].min()) if len(samples) else 0.0
 
 
 def _evaluations(rows: Sequence[Row], summary: Row) -> list[Row]:
