@@ -33,6 +33,7 @@ FLOORS = {
     "learner": 4,
     "queues": 3,
     "policy.py": 3,
+    "policy_direct.py": 3,
     "monitor": 2,
     "algorithm": 1,
     "data": 1,
@@ -54,7 +55,7 @@ RAY = (
 ALLOWED = {
     "ray": RAY,
     "vllm": r"rollout/vllm_engine\.py",
-    "torch": r"(algorithm|learner)/\w+\.py|rollout/vllm_engine\.py",
+    "torch": r"(algorithm|learner)/\w+\.py|rollout/vllm_engine\.py|policy_direct\.py",
     "transformers": r"learner/(model|export)\.py|data/chat\.py",
     "peft": r"learner/lora\.py",
     "prometheus_client": r"monitor/\w+\.py",

@@ -237,6 +237,11 @@ class LearnerConfig(Settings):
     cpu_offload: bool = Field(
         False, description="on GPU: weights, gradients and optimizer state wait in the machine's memory, for more time"
     )
+    transport: Literal["object_store", "direct"] = Field(
+        "object_store",
+        description="of published weights. object_store: they outlive their rank, and one copy serves a node; direct: "
+        "from rank to worker, over NCCL when both have a GPU of their own, else gloo",
+    )
     lora: LoraConfig = Field(default_factory=lambda: NoLora(), description="train all weights, or adapters only")
     checkpoint_every: Positive = Field(10, description="steps between checkpoints; one more at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best evaluated one stays as well")
@@ -317,6 +322,11 @@ class RunConfig(Settings):
     learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig(), description="training")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out evaluation")
     monitor: MonitorConfig = Field(default_factory=lambda: MonitorConfig(), description="metrics and the live page")
+
+    @property
+    def weights_stay_on_gpu(self) -> bool:
+        """Published weights go from GPU to GPU."""
+        return self.learner.transport == "direct" and self.learner.num_gpus > 0 and self.rollout.num_gpus > 0
 
     @model_validator(mode="after")
     def _rooms_fit_each_other(self) -> RunConfig:

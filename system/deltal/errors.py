@@ -63,6 +63,10 @@ class LearnerError(DeltalError):
     """The learner cannot go on."""
 
 
+class TransferError(DeltalError):
+    """Weights did not come over; the receiver keeps what it has and asks again."""
+
+
 class ActorLostError(DeltalError):
     """An actor died more often than the supervisor may restart it."""
 

@@ -81,8 +81,26 @@ class LearnerRank:
         return {"version": self._version, "waiting_for": self._waiting_for}
 
     def take_weights(self, version: int) -> dict[str, Any] | None:
-        """This rank's shard of the last published version, for the PolicyStore; None when a newer one is out."""
-        return self._shares.get(version)
+        """This rank's shard of the last published version, for the PolicyStore; None when a newer one is out.
+
+        With `learner.transport: direct` it is only what to ask for, and whom: the tensors stay here.
+        """
+        share = self._shares.get(version)
+        if share is None or self._config.learner.transport == "object_store":
+            return share
+        from deltal.policy_direct import layout
+
+        facts = {"digest": share["digest"], "bytes": share["bytes"], "layout": layout(share["tensors"])}
+        return {**facts, "holder": ray.get_runtime_context().current_actor}
+
+    def open_sender(self, version: int) -> tuple[str, int] | None:
+        """Where one worker may fetch this rank's shard once, for a minute; None when a newer version is out."""
+        share = self._shares.get(version)
+        if share is None:
+            return None
+        from deltal.policy_direct import serve_once
+
+        return serve_once(share["tensors"], ray.util.get_node_ip_address(), seconds=RPC_SECONDS)
 
     def run(self, host: str, port: int) -> int:
         """Train. Returns the version reached, checkpointed. Raises LearnerError when it cannot go on."""

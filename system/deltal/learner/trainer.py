@@ -140,17 +140,22 @@ class Trainer:
         """This rank's part of the weights in the rollout dtype: `tensors`, `digest` and `bytes`; `whole`: the digest
         of all ranks' parts, as the PolicyStore makes it. All ranks call it.
 
-        Every rank gathers every parameter and keeps each K-th. Tied weights appear once, adapters are merged.
+        Every rank gathers every parameter and keeps each K-th: as bytes for the object store, as torch tensors for
+        `learner.transport: direct`. Tied weights appear once, adapters are merged.
         """
         rank, ranks, name_of_dtype = dist.get_rank(), dist.get_world_size(), self._config.rollout.dtype
-        tensors: dict[str, TensorBytes[Any]] = {}
+        device = "cuda" if self._config.weights_stay_on_gpu else "cpu"
+        tensors: dict[str, TensorBytes[Any] | torch.Tensor] = {}
         checks, size = [], 0
         for place, (name, full) in enumerate(merged(self.model)):
             if place % ranks != rank:
                 continue
-            kept = full.to(device="cpu", dtype=getattr(torch, name_of_dtype), copy=True).contiguous()
-            data: Any = kept.view(-1).view(torch.uint8).numpy()
-            tensors[name] = TensorBytes(data=data, dtype=name_of_dtype, shape=tuple(full.shape))
+            kept = full.to(device=device, dtype=getattr(torch, name_of_dtype), copy=True).contiguous()
+            data: Any = kept.cpu().view(-1).view(torch.uint8).numpy()
+            if self._config.learner.transport == "direct":
+                tensors[name] = kept
+            else:
+                tensors[name] = TensorBytes(data=data, dtype=name_of_dtype, shape=tuple(full.shape))
             checks.append(f"{name}:{zlib.crc32(memoryview(data))}")
             size += data.nbytes
         digests: list[Any] = [None] * ranks

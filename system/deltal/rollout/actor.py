@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from deltal.config import RunConfig
 from deltal.data.chat import Chat
+from deltal.errors import TransferError
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import RolloutMetrics
 from deltal.queues.object_queue import get_by
@@ -132,15 +133,30 @@ class RolloutWorker:
         try:
             boxes = [box[0] for box in offered.shards]
             shards = get_by(boxes, seconds=RPC_SECONDS, what=f"weights of version {offered.version}")
-            self._engine.load(offered.version, [shard["tensors"] for shard in shards])
-        except ray.exceptions.RayError:
-            # The holder died between offer and load: ask again.
+            self._engine.load(offered.version, [self._tensors(shard, offered.version) for shard in shards])
+        except (ray.exceptions.RayError, TransferError):
+            # The holder died between offer and load, or has a newer version by now: ask again.
             self._polled = self._engine.version
             self._metrics.loads_failed.inc()
             return
         self._metrics.load_seconds.observe(time.monotonic() - started)
         self._metrics.policy_version.set(offered.version)
         self._progress, self._ready = time.monotonic(), True
+
+    def _tensors(self, shard: dict[str, Any], version: int) -> Any:
+        """A rank's tensors: out of the object store, or fetched from the rank itself."""
+        if "holder" not in shard:
+            return shard["tensors"]
+        from deltal.policy_direct import receive
+
+        answer = shard["holder"].open_sender.remote(version)
+        address = get_by(answer, seconds=RPC_SECONDS, what=f"a learner rank to offer version {version}")
+        if address is None:
+            raise TransferError(f"version {version} is not held any more")
+        return receive(
+            shard["layout"], address, device="cuda" if self._config.weights_stay_on_gpu else "cpu",
+            own_host=ray.util.get_node_ip_address(), seconds=RPC_SECONDS,
+        )  # fmt: skip
 
     def _lease(self) -> None:
         """Take as many prompts as there is room for; waits for one only when there is nothing else to do."""

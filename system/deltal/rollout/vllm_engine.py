@@ -31,7 +31,6 @@ def environment(settings: RolloutConfig) -> dict[str, str]:
     }
     if settings.num_gpus == 0:
         variables |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_cache_gib))),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Several engines share the cores.
             "TORCHDYNAMO_DISABLE": "1",  # Otherwise the first request with logprobs compiles C++ for half a minute.
         }
@@ -41,6 +40,7 @@ def environment(settings: RolloutConfig) -> dict[str, str]:
 def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int) -> VllmEngine:
     """An engine with the weights of `model` (a folder or hub name); load a policy version before sampling."""
     os.environ.update(environment(settings))
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # It would win over our own figure, and knows whole GiB only.
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -57,6 +57,7 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
         max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
         # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
         block_size=None if on_gpu else 32,
+        kv_cache_memory_bytes=None if on_gpu else int(settings.kv_cache_gib * 2**30),
         enable_prefix_caching=True,
         enforce_eager=not on_gpu,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -176,6 +177,8 @@ class VllmEngine:
 
 def _as_tensor(entry: Any) -> torch.Tensor:
     """A published tensor, without a copy; numpy has no bfloat16, hence bytes."""
+    if isinstance(entry, torch.Tensor):
+        return entry
     flat = torch.from_numpy(entry.data).view(getattr(torch, entry.dtype))
     return flat.view(entry.shape)
 

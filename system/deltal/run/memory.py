@@ -119,6 +119,8 @@ def learner_work_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     # On CPU the checkpoint's copy is laid into what malloc keeps, before new memory is asked for.
     reused = 0 if learner.num_gpus > 0 else learner_copy_bytes(config, shape)["checkpoint copy"]
     parts["allocator"] = max(0, int(KEPT_BY_ALLOCATOR * parts["activations"]) - reused)
+    if config.weights_stay_on_gpu:
+        parts["published"] = BYTES[config.rollout.dtype] * parameter_count(shape) // learner.ranks
     if learner.ranks > 1 or learner.cpu_offload:
         parts["gathered layer"] = BYTES[learner.compute_dtype] * largest_unit(shape)
     return parts
@@ -129,7 +131,8 @@ def learner_copy_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     state = learner_state_bytes(config, shape)
     share = BYTES[config.rollout.dtype] * parameter_count(shape) // config.learner.ranks
     # Gradients are as large as the trained weights.
-    return {"published": share, "checkpoint copy": state["gradients"] + state["optimizer"]}
+    copies = {} if config.weights_stay_on_gpu else {"published": share}
+    return {**copies, "checkpoint copy": state["gradients"] + state["optimizer"]}
 
 
 def largest_unit(shape: ModelShape) -> int:
@@ -141,7 +144,7 @@ def largest_unit(shape: ModelShape) -> int:
 
 def engine_bytes(config: RunConfig, shape: ModelShape | None) -> dict[str, int]:
     """Of one RolloutWorker, with its model. On CPU a tied head is packed a second time, all sequences may be prefilled
-    in one step, and the KV cache is whole GiB; on GPU it is whatever `gpu_memory_utilization` leaves.
+    in one step; on GPU it is whatever `gpu_memory_utilization` leaves.
     """
     room = config.rollout
     width, parts = BYTES[room.dtype], {}
@@ -155,7 +158,7 @@ def engine_bytes(config: RunConfig, shape: ModelShape | None) -> dict[str, int]:
         tokens = room.max_sequences * sequence_tokens(config)
         layer = width * tokens * (6 * shape.hidden_size + 3 * shape.intermediate_size)
         parts["step"] = layer + 3 * 4 * room.max_sequences * shape.vocab_size
-    parts["KV cache"] = 2**30 * max(1, round(room.kv_cache_gib))
+    parts["KV cache"] = int(2**30 * room.kv_cache_gib)
     return parts
 
 
@@ -164,6 +167,6 @@ def object_store_bytes(config: RunConfig, shape: ModelShape | None) -> dict[str,
     groups = (config.replay.max_ahead + 2) * config.replay.prompts_per_batch
     tokens = config.rollout.responses_per_prompt * config.rollout.max_response_tokens
     parts = {"groups": groups * (tokens * RESPONSE_TOKEN_BYTES + 8 * config.chat.max_prompt_tokens)}
-    if shape is not None:
+    if shape is not None and config.learner.transport == "object_store":
         parts["weights"] = KEPT_VERSIONS * BYTES[config.rollout.dtype] * parameter_count(shape)
     return parts
