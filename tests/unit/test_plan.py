@@ -202,6 +202,15 @@ def test_the_object_store_holds_two_versions_of_the_weights() -> None:
     assert store["weights"] * GIB == 2 * 4 * parameter_count(SMOLLM2)
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_weights_that_go_straight_to_the_workers_wait_with_their_rank(gpus: int) -> None:
+    room = {"num_gpus": gpus}
+    made = plan(run_config(learner={"transport": "direct", **room}, rollout=room))
+    (learner,) = [actor for actor in made.actors if actor.role == "learner"]
+    assert "weights" not in made.object_store_gib
+    assert ("published" in learner.ram_gib, "published" in learner.gpu_gib) == (gpus == 0, gpus == 1)
+
+
 @pytest.mark.parametrize(
     ("short", "rooms", "named"),
     [
