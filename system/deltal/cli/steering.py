@@ -24,6 +24,8 @@ def status(run: Run, as_json: Json = False) -> None:
     if not alive and summary["state"] not in ("done", "stopped", "failed"):
         summary["state"] = "killed"
     summary["alive"] = alive
+    if not alive:
+        summary["seconds_left"] = None
     if as_json:
         out.print_json(data=summary)
     else:

@@ -92,7 +92,7 @@ def _bar(status: Row) -> RenderableType:
     left = Text(f"step {show(step)}/{show(steps)}", style="bold")
     known = not math.isnan(step) and steps > 0
     bar = ProgressBar(total=steps if known else 1.0, completed=min(step, steps) if known else 0.0, width=30)
-    right = Text(f"{duration(status.get('seconds_left'))} left")
+    right = Text(f"{duration(status.get('seconds_left'))} left" if status.get("alive", True) else "")
     if isinstance(status.get("evaluation"), Mapping):
         done, of = at(status, "evaluation", "done"), at(status, "evaluation", "of")
         right = printable(f"evaluation {show(done)}/{show(of)}", style="magenta")
