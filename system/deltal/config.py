@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deltal.config_algorithm import AlgorithmConfig
-from deltal.config_base import Decay, Fraction, NonNegative, Positive, Real, Settings
+from deltal.config_base import Decay, Fraction, NonNegative, Positive, Real, Seed, Settings
 from deltal.config_lora import LoraConfig, NoLora
 
 # --- model ---------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ class RandomModel(Settings):
 
     kind: Literal["random"] = "random"
     shape: ModelShape = Field(default_factory=lambda: ModelShape(), description="its shape")
-    seed: NonNegative = Field(0, description="of the initial weights")
+    seed: Seed = Field(0, description="of the initial weights")
 
 
 ModelConfig = Annotated[HfModel | GgufPackageModel | RandomModel, Field(discriminator="kind")]
@@ -110,7 +110,7 @@ class ReasoningGymData(DataColumns):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     name: str = Field(description="task of reasoning-gym, e.g. chain_sum")
     size: Positive = Field(1000, description="items to generate")
-    seed: NonNegative = Field(0, description="of the generator")
+    seed: int = Field(0, description="of the generator")
     parameters: dict[str, int | float | str | bool | None] = Field(
         default_factory=dict, description="the task's own parameters"
     )
@@ -122,7 +122,7 @@ class GeneratedData(DataColumns):
     kind: Literal["generated"] = "generated"
     name: Literal["largest", "countdown_two", "letters"] = Field("largest", description="which task")
     size: Positive = Field(1000, description="items to generate")
-    seed: NonNegative = Field(0, description="of the generator")
+    seed: int = Field(0, description="of the generator")
     split: Literal["train", "test"] = Field("train", description="disjoint by a hash of the question")
     numbers: Positive = Field(3, description="how many numbers stand in a `largest` question")
     high: Positive = Field(99, description="largest number that may stand in a question")
@@ -295,7 +295,7 @@ class RunSettings(Settings):
         description="folder name; None: the config's file name and the date",
     )
     folder: str | None = Field(None, description="where runs live (path or fsspec URL); None: DELTAL_RUNS or ./runs")
-    seed: NonNegative = Field(0, le=2**32 - 1, description="of prompt order, sampling and mini-batches")
+    seed: Seed = Field(0, description="of prompt order, sampling and mini-batches")
     steps: Positive = Field(20, description="batches to train")
     max_resumes: NonNegative = Field(3, description="how often the driver resumes after the Controller died")
     max_restarts: Positive = Field(10, description="deaths of one role the supervisor heals before the run fails")

@@ -18,6 +18,8 @@ Real = Annotated[float, BeforeValidator(_no_switch)]
 Positive = Annotated[int, BeforeValidator(_no_switch), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_no_switch), Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0.0)]
+Seed = Annotated[int, BeforeValidator(_no_switch), Field(ge=-(2**63), le=2**63)]
+"""Any that torch takes; negative ones too."""
 Decay = Annotated[Real, Field(ge=0.0, lt=1.0)]
 
 

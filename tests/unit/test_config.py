@@ -136,7 +136,7 @@ def test_a_choice_that_has_a_default_need_not_name_its_kind() -> None:
         ("learner.betas=[0.9, x]", "learner.betas.1", "'x'"),
         ("algorithm.objective={kind: ppo_clip, clip_low: 2}", "algorithm.objective.clip_low", "2"),
         ("run.name=../escape", "run.name", "'../escape'"),
-        ("run.seed=-1", "run.seed", "-1"),
+        ("run.seed=18446744073709551616", "run.seed", "18446744073709551616"),
         ("run.steps=true", "run.steps", "True"),
         ("learner.learning_rate=true", "learner.learning_rate", "True"),
         ("learner.betas=[1.0, 0.9]", "learner.betas.0", "1.0"),
@@ -245,7 +245,7 @@ def test_a_setting_of_the_algorithm_out_of_its_range_is_refused(override: str, k
         ("chat.system_prompt='a: b = c'", "chat", "system_prompt", "a: b = c"),
         ("run.name='2026'", "run", "name", "2026"),
         ("algorithm.entropy_coefficient=1e-2", "algorithm", "entropy_coefficient", 0.01),
-        (" run.seed = 3", "run", "seed", 3),
+        (" run.seed =-3", "run", "seed", -3),
     ],
 )
 def test_an_override_has_the_type_of_its_setting(override: str, room: str, key: str, value: Any) -> None:
@@ -355,7 +355,7 @@ def test_what_is_dumped_loads_as_the_same_settings(file: Path, tmp_path: Path) -
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,20}\Z"),
     # PyYAML reads back U+0085 and its like as line ends; nobody prompts with them.
     text=st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], include_characters="\n\t"), max_size=30),
-    seed=st.integers(0, 2**32 - 1),
+    seed=st.integers(-(2**63), 2**63),
 )
 def test_every_value_survives_the_way_through_yaml(rate: float, name: str, text: str, seed: int) -> None:
     config = run_config(

@@ -179,6 +179,7 @@ def test_generated_prompts_are_deterministic_by_seed() -> None:
     first = load_prompts(GeneratedData(size=20, seed=3))
     assert first == load_prompts(GeneratedData(size=20, seed=3))
     assert first != load_prompts(GeneratedData(size=20, seed=4))
+    assert len(load_prompts(GeneratedData(size=20, seed=-1))) == 20
     assert first[0].fields["numbers"]
     assert first[0].answer == str(max(first[0].fields["numbers"]))
     listed = ", ".join(map(str, first[0].fields["numbers"]))
