@@ -73,11 +73,11 @@ def test_the_observer_sees_every_token_once_with_its_probabilities() -> None:
 def test_never_more_logits_than_a_chunk_are_kept_for_backward() -> None:
     hidden, weight, target = drawn()
     hidden.requires_grad_()
-    for chunk, held in ((4, 0), (TOKENS, TOKENS * VOCABULARY)):
-        saved = []
+    for chunk, held in ((4, 4), (TOKENS, TOKENS), (1000, TOKENS)):
+        saved: list[torch.Size] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.shape) or t, lambda t: t):
             token_logprob(hidden, weight, target, temperature=1.0, chunk=chunk)
-        assert sum(a * b for a, b in (s for s in saved if len(s) == 2) if b == VOCABULARY) == held
+        assert sum(a * b for a, b in (s for s in saved if len(s) == 2) if b == VOCABULARY) == held * VOCABULARY
 
 
 def test_a_head_that_changes_its_logits_is_refused() -> None:

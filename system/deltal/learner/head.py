@@ -1,7 +1,7 @@
 """The head: hidden states to log-probabilities and entropies, a few tokens at a time.
 
-[tokens × vocabulary] of a long row is never held at once: forward keeps a few numbers a token, and backward makes the
-logits anew. Those of a row with at most `chunk` tokens to train are kept, which saves a matmul.
+[tokens × vocabulary] of a long row is never held at once: backward makes the logits anew. Those of the first `chunk`
+tokens of a row are kept, which saves a matmul.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, chunk: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, chunk: int, keep: int,
         observe: Observe | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logprob = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprob)
-        keeps = len(target) <= chunk
-        kept = torch.empty(len(target), len(weight), dtype=torch.float32, device=hidden.device) if keeps else None
+        kept = torch.empty(min(len(target), keep), len(weight), dtype=torch.float32, device=hidden.device)
         for part in _parts(len(target), chunk):
             logs = _log_probabilities(hidden[part], weight, temperature)
             logprob[part] = logs.gather(-1, target[part, None])[:, 0]
-            if kept is not None:
+            if part.stop <= len(kept):
                 kept[part] = logs
             probabilities = logs.exp()
             entropy[part] = -torch.einsum("tv,tv->t", probabilities, logs)
@@ -59,7 +58,8 @@ class _TokenLogprob(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         for part in _parts(len(target), ctx.chunk):
-            logs = _log_probabilities(hidden[part], weight, ctx.temperature) if kept is None else kept[part]
+            is_kept = part.stop <= len(kept)
+            logs = kept[part] if is_kept else _log_probabilities(hidden[part], weight, ctx.temperature)
             # d log p_y/dz_v = [v = y] - p_v and dH/dz_v = -p_v (log p_v + H): both share the factor p_v.
             by_logits = logs.exp()
             if by_entropy is not None:
@@ -78,7 +78,7 @@ class _TokenLogprob(torch.autograd.Function):
                 by_weight.addmm_(by_logits.t(), hidden[part])
             else:
                 by_weight += by_logits.t() @ hidden[part]
-        return by_hidden, None if by_weight is None else by_weight.to(weight.dtype), None, None, None, None
+        return by_hidden, None if by_weight is None else by_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _parts(tokens: int, chunk: int) -> Iterator[slice]:
@@ -102,11 +102,12 @@ def token_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of `target` and entropy of softmax(hidden · weightᵀ / temperature), both float32[N], in nats.
 
-    `hidden` [N, d]; `weight` [V, d]; `target` int64[N]. Up to N = `chunk`, N rows of V numbers are kept for backward;
-    beside them, WORK rows are held thrice. Both results carry exact gradients to `hidden` and `weight`. `observe` sees
+    `hidden` [N, d]; `weight` [V, d]; `target` int64[N]. At most `chunk` rows of V numbers are kept for backward; beside
+    them, WORK rows are held thrice. Both results carry exact gradients to `hidden` and `weight`. `observe` sees
     each part's probabilities, in order.
     """
-    return _TokenLogprob.apply(hidden, weight, target, temperature, chunk, observe)  # type: ignore[no-any-return, no-untyped-call]
+    keep = chunk if torch.is_grad_enabled() else 0
+    return _TokenLogprob.apply(hidden, weight, target, temperature, chunk, keep, observe)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attach(model: torch.nn.Module) -> None:
