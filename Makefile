@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DELTAL := .venv/bin/deltal
 
-.PHONY: install demo test test-all faults variance-demo bench-learner bench-packing bench-rollout bench-sketch lint format docs clean
+.PHONY: install demo test test-all faults variance-demo bench-learner bench-packing bench-rollout bench-sketch bench-checkpoint lint format docs clean
 .DEFAULT_GOAL := install
 
 install: .venv/installed
@@ -45,6 +45,10 @@ build/trl-venv/installed: deploy/constraints.txt
 # Dense mask or block by block, prompt shared or repeated, at three ratios of prompt to response.
 bench-packing: install
 	$(PY) -m tests.bench.packing
+
+# Seconds of a checkpoint's copy, write and load, and of publishing, at one rank and at two.
+bench-checkpoint: install
+	$(PY) -m tests.bench.checkpoint
 
 bench-sketch: install
 	$(PY) -m tests.bench.sketch
