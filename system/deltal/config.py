@@ -224,9 +224,9 @@ class LearnerConfig(Settings):
     weight_decay: Real = Field(0.0, ge=0.0, description="of AdamW")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="learning rate over steps")
     max_grad_norm: Real = Field(1.0, gt=0.0, description="clip norm of the reduced gradient, once a step")
-    micro_batch_tokens: Positive = Field(1024, description="token budget of one forward")
+    micro_batch_tokens: Positive = Field(768, description="token budget of one forward")
     logit_chunk_tokens: Positive = Field(
-        1024, description="tokens of a forward whose logits are kept for backward; those of further ones are made anew"
+        768, description="tokens of a forward whose logits are kept for backward; those of further ones are made anew"
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 on GPU; master weights stay float32"

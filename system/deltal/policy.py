@@ -52,6 +52,8 @@ class PolicyStore:
         shard = await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline_seconds)
         if shard is None:
             return False
+        if self._visible and version <= self._visible[-1].version:
+            return True  # It was offered twice, and the other one came first.
         self._offered.setdefault(version, {})[rank] = ([reference], shard["digest"], shard["bytes"])
         del shard
         if len(self._offered[version]) < ranks:

@@ -54,6 +54,7 @@ def receive(
             flat = torch.empty(torch.Size(shape).numel() * kind.itemsize, dtype=torch.uint8, device=device)
             group.recv([flat], 0, 0).wait()
             tensors[name] = flat.view(kind).view(shape)
+        _until_moved(device)
         return tensors
     except (RuntimeError, dist.DistError) as error:
         raise TransferError(
@@ -68,8 +69,15 @@ def _send(tensors: Mapping[str, Tensor], place: tuple[str, int, int], seconds: f
         group = _pair(host, port, listener, rank=0, device=device, own_host=host, seconds=seconds)
         for one in tensors.values():
             group.send([one.reshape(-1).view(torch.uint8)], 1, 0).wait()
+        _until_moved(device)
     except (RuntimeError, dist.DistError):
         return  # The receiver died or gave up: it, or who takes its place, asks again.
+
+
+def _until_moved(device: str) -> None:
+    """NCCL's `wait` holds up the stream, not the thread: tensors and group must outlive the transfer."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _pair(host: str, port: int, listener: int | None, *, rank: int, device: str, own_host: str, seconds: float) -> Any:

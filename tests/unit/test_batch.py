@@ -273,6 +273,20 @@ def test_the_responses_of_a_group_share_one_prompt() -> None:
     assert len(micro.tokens) == 120
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("groups", "budget"), [(1, 400), (2, 100), (3, 100), (5, 100), (12, 100), (12, 250), (7, 40)])
+def test_all_ranks_have_as_much_to_do_in_every_round(groups: int, budget: int, ranks: int) -> None:
+    made = numbered(
+        [scored(i, rewards=[0.0, 1.0] * 4, lengths=[10 + i % 3] * 8, prompt_length=4) for i in range(groups)]
+    )
+    shares = pack(items_of(made), budget=budget, ranks=ranks)
+    rounds = [[len(micro.tokens) for micro in together] for together in zip(*shares, strict=True)]
+    loads = [sum(len(micro.tokens) for micro in share) for share in shares]
+    least = sum(8 * (10 + i % 3) + 4 for i in range(groups))
+    assert sum(loads) <= 1.25 * least, "prompts are repeated only where they must be"
+    assert sum(max(lengths) for lengths in rounds) <= 1.35 * sum(loads) / ranks, (rounds, loads)
+
+
 def test_nothing_to_train_is_a_one_token_row_on_every_rank() -> None:
     for items in ([], items_of([scored(0)], [(0.0, 1.0), (1.0, 0.0)])):
         shares = pack(items, budget=64, ranks=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import pytest
 import torch.distributed as dist
 
 from deltal.config import RunConfig
-from deltal.errors import LearnerError
+from deltal.errors import DeadlineError, LearnerError
 from deltal.learner import actor
 from deltal.learner.actor import LearnerRank
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.model import prepare
+from deltal.replay.buffer import Waiting
 from deltal.types import ScoredGroup
 from tests.unit.builders import run_config, scored
 
@@ -43,11 +45,17 @@ class Run:
         self.trained_versions: list[tuple[int, bool]] = []
         self.offered: list[int] = []
         self.kept: list[int] = []
+        self.told: list[str] = []
+        self.waits = self.paused = self.asked = 0
+        """Until how many questions there is no batch; nothing is admitted; and how many were asked."""
 
     def state(self) -> dict[str, Any]:
         return {"policy_version": len(self.trained_versions)}
 
-    def sample(self, version: int, wait_seconds: float) -> tuple[ScoredGroup, ...]:
+    def sample(self, version: int, wait_seconds: float) -> tuple[ScoredGroup, ...] | Waiting:
+        if self.asked < self.waits:
+            time.sleep(0.01)
+            return Waiting(why="3 of 4 groups")
         groups = [
             scored(4 * version + i, rewards=(0.0, 1.0, 0.5), lengths=(3 + i, 17, 9), version=version) for i in range(4)
         ]
@@ -67,6 +75,13 @@ class Run:
 
     def checkpoints_to_keep(self) -> list[int]:
         return self.kept
+
+    def admits(self) -> bool:
+        self.asked += 1
+        return self.asked > self.paused
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
 
     def checkpoints(self) -> list[int]:
         return Checkpoints(str(self.folder / "checkpoints"), keep=1).versions()
@@ -89,7 +104,8 @@ class Run:
         try:
             return rank.run("", 0)
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():  # it failed: otherwise the learner leaves by itself
+                dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
@@ -183,3 +199,31 @@ def test_a_learner_that_comes_back_redoes_the_recorded_steps_to_the_same_figures
         assert (row["loss"], row["grad_norms"]) == (first["loss"], first["grad_norms"])
     assert redone[-1]["digest"] == straight.rows[-1]["digest"]
     assert run.trained_versions == [(version, False) for version in range(6)]
+
+
+def test_a_pause_is_nobody_s_delay_and_a_straggler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor, "WORD_SECONDS", 0.0)
+    run = Run(tmp_path, config(2, batch_deadline=0.2))
+    run.waits = run.paused = 60  # At least 0.6 s without a batch, all of it paused.
+    assert run.learn() == 2
+    late = Run(tmp_path / "late", config(2, batch_deadline=0.2))
+    late.waits, late.paused = 10_000, 30
+    with pytest.raises(DeadlineError, match=r"waited 0 s for batch 0: 3 of 4 groups"):
+        late.learn()
+    assert late.asked > late.paused
+
+
+def test_a_damaged_checkpoint_is_told_to_the_people_who_watch(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(4, checkpoint_every=2, keep_checkpoints=2))
+    run.learn()
+    (tmp_path / "checkpoints" / "00000004" / "random.pt").write_bytes(b"")
+    run.config = config(5, checkpoint_every=2)
+    assert run.learn() == 5
+    (text,) = run.told
+    assert "00000004 is damaged and passed over: random.pt" in text
+    assert [row["step"] for row in run.rows] == [1, 2, 3, 4, 3, 4, 5]
+
+
+def test_what_comes_after_the_last_step_is_one_rank_s_own_work(tmp_path: Path) -> None:
+    Run(tmp_path, config(1)).learn()
+    assert not dist.is_initialized(), "an export by rank 0 would wait for the others"

@@ -38,7 +38,7 @@ def train(
     from deltal.run.machine import machine, named_gpus
     from deltal.run.plan import plan
 
-    settings = _named(load_config(config, overrides or []), run or None, Path(config).stem)
+    settings = _placed(_named(load_config(config, overrides or []), run or None, Path(config).stem))
     source = fork.find_source(begin_from) if begin_from else None
     if source is not None:
         settings = fork.planned(settings, source)
@@ -137,11 +137,11 @@ def _named(settings: RunConfig, run: str | None, stem: str) -> RunConfig:
 
 
 def _placed(settings: RunConfig) -> RunConfig:
-    """Relative paths that exist here made whole: a job runs in a folder of its own."""
+    """Relative paths that exist here made whole: actors and later commands run in folders of their own."""
     values = settings.model_dump(mode="json")
     for part in (values["model"], values["data"], values["evaluation"]["data"] or {}):
-        if part.get("path") and Path(part["path"]).exists():
-            part["path"] = str(Path(part["path"]).absolute())
+        if part.get("path") and (path := Path(part["path"]).expanduser()).exists():
+            part["path"] = str(path.absolute())
     return RunConfig.model_validate(values)
 
 

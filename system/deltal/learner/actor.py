@@ -7,6 +7,7 @@ version is published again. torch is imported by `run`, so that whoever creates 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from deltal.config import ModelConfig, RunConfig
-from deltal.errors import DeadlineError, LearnerError
+from deltal.errors import DeadlineError, DeltalError, LearnerError
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import LearnerMetrics
 from deltal.queues.object_queue import get_by
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from deltal.learner.trainer import Trainer
 
 RPC_SECONDS = 60.0
+WORD_SECONDS = 30.0
+"""How often rank 0 tells the others, who sit in a collective, that it still waits."""
 
 
 def prepare_model(model: ModelConfig) -> str:
@@ -51,6 +54,7 @@ class LearnerRank:
         self._skipped: list[int] = []
         self._version = 0
         self._waiting_for = "the model to load"
+        self._offering = threading.Lock()
         self._metrics = LearnerMetrics(run, f"learner-{rank}")
         self._server = serve_metrics(self._metrics.registry, host=host, token=token)
 
@@ -104,19 +108,24 @@ class LearnerRank:
 
     def run(self, host: str, port: int) -> int:
         """Train. Returns the version reached, checkpointed. Raises LearnerError when it cannot go on."""
-        from deltal.learner.trainer import Trainer, join
+        from deltal.learner.trainer import Trainer, broadcast, join, leave
 
         join(self._config, self._rank, host, port, self._listener)
         trainer = Trainer(self._config, self._model_folder, f"{self._folder}/checkpoints")
         self._version = trainer.version
+        if self._rank == 0:
+            for text in trainer.passed_over:
+                get_by(self._controller.tell.remote(text), seconds=RPC_SECONDS, what="the Controller to take a line")
         state = get_by(self._replay.state.remote(), seconds=RPC_SECONDS, what="the ReplayBuffer's state")
-        self._newest = state["policy_version"]
+        # Rank 0's, since all must agree on whether they publish.
+        self._newest = broadcast(state["policy_version"])
         threading.Thread(target=self._republish, daemon=True, name="republisher").start()
         if trainer.version >= self._newest:
             self._publish(trainer)
         self._train(trainer)
         trainer.save(keep=self._kept(trainer.version))
         trainer.finish()
+        leave()
         return trainer.version
 
     def export(self, target: str, facts: dict[str, Any]) -> int:
@@ -140,31 +149,45 @@ class LearnerRank:
         """The groups of the next batch, or None to stop: rank 0 waits and tells the others."""
         from deltal.learner.trainer import broadcast
 
-        if broadcast(self._await_batch(trainer.version) if self._rank == 0 else None) == "stop":
-            return None
-        answer = self._replay.sample.remote(trainer.version, 1.0)
-        groups = get_by(answer, seconds=RPC_SECONDS, what=f"the recorded batch {trainer.version}")
-        if not isinstance(groups, tuple):
-            raise LearnerError(f"batch {trainer.version} was promised, but the ReplayBuffer waits for {groups.why}")
-        return groups
+        self._waits_since, word = time.monotonic(), "wait"
+        groups: tuple[ScoredGroup, ...] | None = None
+        while word == "wait":
+            if self._rank == 0:
+                word, groups = self._await_batch(trainer.version)
+            word = broadcast(word)
+        if word == "stop" or groups is not None:
+            return groups
+        answer = get_by(
+            self._replay.sample.remote(trainer.version, 1.0), seconds=RPC_SECONDS,
+            what=f"the recorded batch {trainer.version}",
+        )  # fmt: skip
+        if not isinstance(answer, tuple):
+            raise LearnerError(f"batch {trainer.version} was promised, but the ReplayBuffer waits for {answer.why}")
+        return answer
 
-    def _await_batch(self, version: int) -> str:
-        """`go` when batch `version` is recorded, `stop` when asked to. Raises DeadlineError that says for whom it
-        waited.
+    def _await_batch(self, version: int) -> tuple[str, tuple[ScoredGroup, ...] | None]:
+        """`go` and batch `version`, `stop` when asked to, `wait` after WORD_SECONDS without either.
+
+        Raises DeadlineError that says for whom it waited; time in which no group is admitted does not count.
         """
-        limit = self._config.learner.batch_deadline
-        deadline = time.monotonic() + limit
+        limit, until = self._config.learner.batch_deadline, time.monotonic() + WORD_SECONDS
         while not self._stopping.is_set():
             answer = get_by(
                 self._replay.sample.remote(version, 1.0), seconds=RPC_SECONDS, what="the ReplayBuffer's answer"
             )
             if isinstance(answer, tuple):
                 self._waiting_for = "nothing"
-                return "go"
+                return "go", answer
             self._waiting_for = f"batch {version}: {answer.why}"
-            if time.monotonic() > deadline:
+            if time.monotonic() < until:
+                continue
+            # A pause, or an evaluation before training, is nobody's delay.
+            if not get_by(self._controller.admits.remote(), seconds=RPC_SECONDS, what="the Controller's answer"):
+                self._waits_since = time.monotonic()
+            if time.monotonic() - self._waits_since > limit:
                 raise DeadlineError(f"the learner waited {limit:.0f} s for {self._waiting_for}")
-        return "stop"
+            return "wait", None
+        return "stop", None
 
     def _train_on(self, trainer: Trainer, groups: tuple[ScoredGroup, ...], waited: float) -> None:
         """Train one batch, publish, tell the others, checkpoint when due."""
@@ -220,7 +243,8 @@ class LearnerRank:
         share = trainer.share()
         self._shares = {trainer.version: share}
         self._newest = max(self._newest, trainer.version)
-        self._offer(trainer.version)
+        with self._offering:
+            self._offer(trainer.version)
         return str(share["whole"])
 
     def _offer(self, version: int) -> None:
@@ -232,10 +256,12 @@ class LearnerRank:
         """Offer the last version again when the PolicyStore lost it; rank by rank, no collective needed."""
         while True:
             time.sleep(3.0)
-            held = next(iter(self._shares), None)
-            newest = get_by(self._policy.newest.remote(), seconds=RPC_SECONDS, what="the PolicyStore's answer")
-            if held is not None and (newest is None or newest < held) and held in self._shares:
-                self._offer(held)
+            # What fails now is tried again. Not beside a publish, whose version is not visible yet.
+            with contextlib.suppress(DeltalError, ray.exceptions.RayError), self._offering:
+                held = next(iter(self._shares), None)
+                newest = get_by(self._policy.newest.remote(), seconds=RPC_SECONDS, what="the PolicyStore's answer")
+                if held is not None and (newest is None or newest < held):
+                    self._offer(held)
 
     def _observe(self, row: dict[str, Any]) -> None:
         metrics = self._metrics

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltal.errors import ModelError
-
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -88,7 +86,7 @@ class _Packed(torch.autograd.Function):
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     otherwise: Callable[..., tuple[Tensor, None]], segments: Sequence[Segment] | None = None, scaling: float,
-    sliding_window: int | None = None, **rest: Any,
+    **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention function of transformers: `segments` say who sees whom; without them it is `otherwise`.
 
@@ -96,8 +94,6 @@ def packed_attention(
     """
     if segments is None:
         return otherwise(module, query, key, value, attention_mask, scaling=scaling, **rest)
-    if sliding_window is not None and sliding_window < query.shape[2]:
-        raise ModelError(f"{type(module).__name__} sees {sliding_window} tokens back only: not supported")
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))

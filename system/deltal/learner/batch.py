@@ -11,6 +11,7 @@ branch's positions go on from its prompt. That is exact: no response sees anothe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +79,10 @@ class Item:
     advantage: float
     coefficient: float
     """Mini-batch factor included."""
+
+
+Piece = Sequence[Item]
+"""Responses of one group that share a prompt in a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,44 +165,66 @@ def mini_batches(
 
 
 def pack(items: Sequence[Item], *, budget: int, ranks: int, keep_all: bool = False) -> list[list[PackedMicroBatch]]:
-    """Micro-batches for each rank, equally many on all: rows of at most `budget` tokens, balanced over ranks.
+    """Micro-batches for each rank, equally many on all: rows of at most `budget` tokens, of nearly the same length.
 
     Responses whose gradient is zero are left out: those with coefficient 0, and, unless `keep_all` (a KL or entropy
     term needs them), those with advantage 0. A response is never split; one over the budget rides alone with its
     prompt. A rank that has fewer rows gets one-token rows with nothing to train.
+
+    As few rows as first fit finds, up to a multiple of `ranks`; they are then filled evenly, since all ranks wait for
+    the longest row of each round.
     """
     kept = [item for item in items if item.coefficient != 0.0 and (keep_all or item.advantage != 0.0)]
-    rows = [[piece] for piece in _pieces(kept, budget)]
-    merged: list[tuple[int, list[list[Item]]]] = []
-    # First fit, longest first: the usual bin-packing heuristic, at most 11/9 of the best.
-    for row in sorted(rows, key=lambda row: -_tokens(row[0])):
-        size = _tokens(row[0])
-        for i, (used, pieces) in enumerate(merged):
-            if used + size <= budget:
-                merged[i] = (used + size, [*pieces, *row])
-                break
+    pieces = _pieces(kept, budget)
+    rows = _first_fit(pieces, budget)
+    count = math.ceil(len(rows) / ranks) * ranks
+    if len(pieces) < count:
+        # Some rank would have nothing to do: smaller pieces, at the price of prompts repeated.
+        repeated = (count - len(pieces)) * max(len(item.group.prompt_tokens) for item in kept)
+        longest = max(len(item.response.tokens) for item in kept)
+        pieces = _pieces(kept, min(budget, (_length(pieces) + repeated) // count + longest // 2))
+    even = _evenly(pieces, count)
+    if all(len(row) == 1 or _length(row) <= budget for row in even):
+        rows = even
+    rows.sort(key=_length, reverse=True)
+    rows += [[]] * (-len(rows) % ranks or (0 if rows else ranks))
+    return [[_row(row) for row in rows[rank::ranks]] for rank in range(ranks)]
+
+
+def _first_fit(pieces: Sequence[Piece], budget: int) -> list[list[Piece]]:
+    """First fit, longest first: the usual bin-packing heuristic, at most 11/9 of the fewest rows."""
+    rows: list[list[Piece]] = []
+    for piece in sorted(pieces, key=_tokens, reverse=True):
+        row = next((row for row in rows if _length(row) + _tokens(piece) <= budget), None)
+        if row is None:
+            rows.append([piece])
         else:
-            merged.append((size, list(row)))
-    shares: list[list[list[list[Item]]]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for used, pieces in merged:
-        rank = loads.index(min(loads))
-        loads[rank] += used
-        shares[rank].append(pieces)
-    longest = max(1, *(len(share) for share in shares)) if ranks else 0
-    return [[_row(pieces) for pieces in share] + [_row([])] * (longest - len(share)) for share in shares]
+            row.append(piece)
+    return rows
 
 
-def _tokens(piece: Sequence[Item]) -> int:
+def _evenly(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
+    """`count` rows, the longest piece first, each to the shortest row: the usual scheduling heuristic."""
+    rows: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in sorted(pieces, key=_tokens, reverse=True):
+        min(rows, key=_length).append(piece)
+    return [row for row in rows if row]
+
+
+def _length(row: Sequence[Piece]) -> int:
+    return sum(map(_tokens, row))
+
+
+def _tokens(piece: Piece) -> int:
     return len(piece[0].group.prompt_tokens) + sum(len(item.response.tokens) for item in piece)
 
 
-def _pieces(items: Sequence[Item], budget: int) -> list[list[Item]]:
+def _pieces(items: Sequence[Item], budget: int) -> list[Piece]:
     """Cut each group's responses into pieces that fit the budget with their prompt."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(id(item.group), []).append(item)
-    pieces = []
+    pieces: list[Piece] = []
     for members in groups.values():
         piece: list[Item] = []
         for item in members:
@@ -209,7 +236,7 @@ def _pieces(items: Sequence[Item], budget: int) -> list[list[Item]]:
     return pieces
 
 
-def _row(pieces: Sequence[Sequence[Item]]) -> PackedMicroBatch:
+def _row(pieces: Sequence[Piece]) -> PackedMicroBatch:
     """Lay pieces end to end; no piece gives a one-token row with nothing to train."""
     tokens: list[Array] = []
     positions: list[Array] = []

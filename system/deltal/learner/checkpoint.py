@@ -57,6 +57,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[dict[str, Any]]] | None = None
         self._group: Any = None
+        self.passed_over: list[str] = []
+        """A line for each checkpoint that `load` found damaged."""
 
     def versions(self) -> list[int]:
         """Versions with a complete checkpoint, ascending."""
@@ -196,8 +198,8 @@ class Checkpoints:
             except UNREADABLE as error:
                 # Any reader error means the same here: this checkpoint is of no use, an older one may be.
                 where = f"{self._path}/{version:08d}"
-                text = f"deltal: checkpoint {where} is damaged and passed over: {one_line(error, line=-1)}"
-                print(text, file=sys.stderr)  # noqa: T201
+                self.passed_over.append(f"checkpoint {where} is damaged and passed over: {one_line(error, line=-1)}")
+                print(f"deltal: {self.passed_over[-1]}", file=sys.stderr)  # noqa: T201
                 continue
             set_state_dict(
                 model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_options(model)
@@ -238,7 +240,7 @@ class Checkpoints:
             found = (problem_of(self._fs, f"{where}/{name}", mark["files"][name])
                      for name in sorted(mark["files"])[rank::ranks])  # fmt: skip
             problem = next(filter(None, found), None)
-        except (OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             problem = f"complete.json cannot be read ({one_line(error)})"
         problems = [problem]
         if ranks > 1:

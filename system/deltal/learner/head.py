@@ -137,15 +137,19 @@ def _token_logprobs(
     # A row with nothing to train still runs model and head, so that all ranks meet in the same collectives.
     predict_at = micro.predict_at if trained else micro.tokens.new_zeros(1)
     target = micro.target if trained else micro.tokens.new_zeros(1)
-    # On CPU block by block (attention.py); a mask of four dimensions is taken as it is, so that none is made.
-    on_cpu = micro.tokens.device.type == "cpu"
-    seen: dict[str, Any] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "segments": micro.segments()}
-    output = self.model(
-        input_ids=micro.tokens[None],
-        position_ids=micro.positions[None],
-        use_cache=False,
-        **(seen if on_cpu else {"attention_mask": micro.attention_mask()}),
-    )
+    window, longest = getattr(self.config, "sliding_window", None), int(micro.positions.max()) + 1
+    if window is not None and longest > window:
+        raise ModelError(
+            f"{type(self).__name__} sees {window} tokens back only, and a prompt with its response has {longest}: "
+            "not supported"
+        )
+    # A mask of four dimensions is taken as it is, so that transformers makes none.
+    if micro.tokens.device.type == "cpu":
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        seen: dict[str, Any] = {"attention_mask": nothing, "segments": micro.segments()}
+    else:
+        seen = {"attention_mask": micro.attention_mask()}
+    output = self.model(input_ids=micro.tokens[None], position_ids=micro.positions[None], use_cache=False, **seen)
     logprob, entropy = token_logprob(
         output.last_hidden_state[0, predict_at], self.lm_head.weight, target,
         temperature=temperature, chunk=chunk, observe=observe if trained else None,

@@ -41,7 +41,9 @@ def cache_folder() -> Path:
 def prepare(model: ModelConfig) -> str:
     """A folder (or hub name) that transformers and vLLM load. Raises ModelError when it cannot be made."""
     if isinstance(model, HfModel):
-        return _merged_adapter(Path(model.path).expanduser()) if is_adapter(model.path) else model.path
+        if is_adapter(model.path):
+            return _merged_adapter(Path(model.path).expanduser())
+        return str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
     make: Any = _make_random if isinstance(model, RandomModel) else _convert_gguf
     text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
     return _made(model.kind, text.encode(), lambda folder: make(model, folder))
@@ -101,7 +103,7 @@ def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a cut safetensors file or a wrong shape has an exception of its own
         raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
 
 
@@ -195,7 +197,11 @@ def copy_tokenizer(source: str, target: Path) -> None:
     """Write the tokenizer and generation settings of a folder or hub name into `target`."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise ModelError(f"the tokenizer of {source} cannot be loaded: {one_line(error, line=0)}") from error
+    tokenizer.save_pretrained(target)
     settings = Path(source) / "generation_config.json"
     if settings.exists():
         shutil.copy(settings, target / settings.name)

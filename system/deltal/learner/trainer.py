@@ -49,6 +49,11 @@ def join(config: RunConfig, rank: int, host: str, port: int, listener: int | Non
     )
 
 
+def leave() -> None:
+    """End the meeting: what one rank does afterwards, an export say, is its own."""
+    dist.destroy_process_group()
+
+
 def broadcast(word: Any) -> Any:
     """Rank 0's `word`, on all ranks."""
     box = [word]
@@ -95,6 +100,7 @@ class Trainer:
         self.version, extra = self._checkpoints.load(self.model, self.optimizer, at_most=at_most)
         self._instrument.restore(extra.get("alpha"))
         self.saved_version = self.version
+        self.passed_over = self._checkpoints.passed_over
 
     def train(self, groups: Sequence[ScoredGroup]) -> tuple[Batch, StepResult, float]:
         """Train the batch of this version and go to the next; returns batch, result and learning rate.

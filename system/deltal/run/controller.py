@@ -41,6 +41,8 @@ from deltal.types import GroupId, Prompt, RolloutRequest, ScoredGroup
 
 MODEL_SECONDS = 3600.0
 """A large model may have to be downloaded or written."""
+STEP_SECONDS = 3600.0
+"""A step under way and its checkpoint; who will not wait presses Ctrl-C again."""
 
 
 class StoppedError(DeltalError):
@@ -111,6 +113,14 @@ class Controller:
         for scored in groups:
             if self._evaluation is not None:
                 self._evaluation.take(scored)
+
+    async def admits(self) -> bool:
+        """Whether groups are admitted: not before training, after it, or in a pause."""
+        return self._is_admitting and not self._paused
+
+    async def tell(self, text: str) -> None:
+        """A line for people, from another actor."""
+        self._observer.say(text)
 
     async def report_step(self, row: dict[str, Any]) -> None:
         """Take the row of a finished step from learner rank 0 and append it to metrics.jsonl."""
@@ -216,11 +226,10 @@ class Controller:
         self._observer.enter("stopping")
         if self._supervisor.members["learner"] and not self._supervisor.learner_done.done():
             self._supervisor.stop_learner()
-            limit = self._config.rollout.step_deadline + 120.0
             waits: list[asyncio.Future[Any]] = [self._supervisor.learner_done, self._failure]
-            done, _ = await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waits, timeout=STEP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise DeadlineError(f"the learner did not finish its step within {limit:.0f} s of the stop")
+                raise DeadlineError(f"the learner did not finish its step within {STEP_SECONDS:.0f} s of the stop")
             if self._failure.done():
                 self._failure.result()
         raise StoppedError("stopped")

@@ -121,8 +121,10 @@ def learner_work_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     parts["allocator"] = max(0, int(KEPT_BY_ALLOCATOR * parts["activations"]) - reused)
     if config.weights_stay_on_gpu:
         parts["published"] = BYTES[config.rollout.dtype] * parameter_count(shape) // learner.ranks
-    if learner.ranks > 1 or learner.cpu_offload:
+    if learner.ranks > 1 or learner.cpu_offload or learner.compute_dtype != "float32":  # FSDP2 wraps it
         parts["gathered layer"] = BYTES[learner.compute_dtype] * largest_unit(shape)
+        if config.algorithm.has_reference:  # whose root stays gathered, for it has no backward
+            parts["gathered reference"] = BYTES[learner.compute_dtype] * embedding_count(shape)
     return parts
 
 
@@ -137,9 +139,14 @@ def learner_copy_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
 
 def largest_unit(shape: ModelShape) -> int:
     """Parameters FSDP holds unsharded at once: embeddings, and two layers (one computing, one prefetched)."""
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    embeddings = embedding_count(shape)
     layers = (parameter_count(shape) - embeddings) // shape.layers
     return embeddings + 2 * layers
+
+
+def embedding_count(shape: ModelShape) -> int:
+    """Parameters of the embedding and the head; one matrix when they are tied."""
+    return shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
 
 
 def engine_bytes(config: RunConfig, shape: ModelShape | None) -> dict[str, int]:

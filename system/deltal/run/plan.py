@@ -234,6 +234,8 @@ def _learner(config: RunConfig, shape: ModelShape | None) -> ActorPlan:
         state, there = memory.learner_state_bytes(config, shape), memory.learner_work_bytes(config, shape)
         here = memory.learner_copy_bytes(config, shape)
         if config.learner.cpu_offload:
+            if "reference" in state:  # it stays on the GPU
+                there = {"reference": state.pop("reference"), **there}
             here = {**state, **here}
         else:
             there = {**state, **there}

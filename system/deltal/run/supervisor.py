@@ -127,8 +127,15 @@ class Supervisor:
             for rank in range(settings.ranks)
         ]  # fmt: skip
         host, port = "", 0
-        if settings.ranks > 1:
-            host, port = await answer(ranks[0].open_rendezvous.remote(), settings.rendezvous_deadline)
+        try:
+            await asyncio.gather(*(answer(rank.pid.remote(), settings.rendezvous_deadline) for rank in ranks))
+            if settings.ranks > 1:
+                host, port = await answer(ranks[0].open_rendezvous.remote(), settings.rendezvous_deadline)
+        except TimeoutError:
+            raise ResourceError(
+                f"{settings.ranks} learner rank(s) did not start within {settings.rendezvous_deadline:.0f} s: is a "
+                "node gone, or the machine overloaded?"
+            ) from None
         self.members["learner"] = {f"learner-{i}": Member(f"learner-{i}", handle) for i, handle in enumerate(ranks)}
         runs = [handle.run.remote(host, port) for handle in ranks]
         self._learner_watch = asyncio.create_task(self._watch_learner(runs))
