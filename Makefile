@@ -23,7 +23,8 @@ demo: install
 	$(DELTAL) train configs/demo.yaml
 
 test: install
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/test_house.py
+	$(PY) -m pytest -m "not slow" tests/system tests/faults
 
 test-all: install
 	$(PY) -m pytest

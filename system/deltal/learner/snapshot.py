@@ -12,12 +12,13 @@ class Snapshot:
     """Taken when made. Costs as much memory as weights and optimizer state together, of this rank's shard.
 
     Args:
-        model, optimizer: of the learner; `restore` writes into them.
+        optimizer: the learner's; `restore` writes into it and into the parameters it holds.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Not the model's own: after a forward without gradient FSDP2 shows its root's gathered weights, which go again.
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._weights = [(parameter, parameter.detach().clone()) for parameter in trained]
         self._moments = {parameter: _copied(state) for parameter, state in optimizer.state.items()}
 

@@ -195,7 +195,7 @@ def train_batch(
                 for micros in packed
             ]
     # The first mini-batch changes nothing before it is known to be finite: alone it needs no way back.
-    before = Snapshot(model, optimizer) if len(packed) > 1 else None
+    before = Snapshot(optimizer) if len(packed) > 1 else None
     for micros, starts in zip(packed, proximal, strict=True):
         optimizer.zero_grad(set_to_none=True)
         accumulate(

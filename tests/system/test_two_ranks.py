@@ -1,0 +1,179 @@
+"""What two ranks must decide together: to skip, to give a checkpoint up, which one to load. Two processes, no Ray."""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from deltal.config import RandomModel, RunConfig
+from deltal.errors import LearnerError
+from deltal.learner.checkpoint import Checkpoints
+from deltal.learner.lora import merged
+from deltal.learner.model import prepare
+from deltal.learner.trainer import Trainer
+from deltal.types import ScoredGroup
+from tests.unit.builders import run_config, scored
+
+RANKS = 2
+Found = dict[str, Any]
+
+
+def settings(mini_batches: int = 1, **learner: Any) -> RunConfig:
+    return run_config(
+        rollout={"max_response_tokens": 64}, algorithm={"mini_batches": mini_batches},
+        learner={"ranks": RANKS, "learning_rate": 1e-3, "micro_batch_tokens": 96, "keep_checkpoints": 9, **learner},
+    )  # fmt: skip
+
+
+def batch(version: int, *, broken: bool = False) -> list[ScoredGroup]:
+    """`broken`: one response's log-probabilities are not finite; its row is one rank's."""
+    groups = [
+        scored(10 * version + i, rewards=[float((i + r) % 3 == 0) for r in range(4)],
+               lengths=[3 + 7 * r + i for r in range(4)], version=version)
+        for i in range(4)
+    ]  # fmt: skip
+    if broken:
+        group = groups[-1].group
+        wrong = tuple(replace(one, logprobs=np.full_like(one.logprobs, np.nan)) for one in group.responses)
+        groups[-1] = replace(groups[-1], group=replace(group, responses=wrong))
+    return groups
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in merged(trainer.model)}
+
+
+def skipping(rank: int, folder: str) -> Found:
+    """The second mini-batch's gradient, or the first's, is not finite."""
+    trainer = Trainer(settings(mini_batches=2), prepare(RandomModel()), folder)
+    trainer.train(batch(0))
+    before = weights(trainer)
+    _, skipped, _ = trainer.train(batch(1, broken=True))
+    after = weights(trainer)
+    _, good, _ = trainer.train(batch(2))
+    return {"skipped": [skipped.skipped, good.skipped], "before": before, "after": after, "version": trainer.version}
+
+
+def failing(rank: int, folder: str) -> Found:
+    """Rank 1's disk is full for checkpoint 2; checkpoint 4 is damaged afterwards."""
+    trainer = Trainer(settings(), prepare(RandomModel()), folder)
+    trainer.train(batch(0))
+    trainer.save()
+    trainer.finish()
+    trainer.train(batch(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    trainer.save()
+    try:
+        trainer.finish()
+        error = ""
+    except LearnerError as raised:
+        error = str(raised)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found: Found = {"error": error, "versions": [Checkpoints(folder, keep=9).versions()]}
+    for version in (2, 3):
+        trainer.train(batch(version))
+        trainer.save()
+        trainer.finish()
+        found[f"weights {version + 1}"] = weights(trainer)
+    dist.barrier()
+    found["versions"].append(Checkpoints(folder, keep=9).versions())
+    shard = sorted(Path(folder, "00000004").glob("__1_*"))[0]
+    dist.barrier()
+    if rank == 0:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    dist.barrier()
+    again = Trainer(settings(), prepare(RandomModel()), folder)
+    return found | {"loaded": again.version, "passed_over": again.passed_over, "weights": weights(again)}
+
+
+def adapting(rank: int, folder: str) -> Found:
+    """Adapters are checkpointed and loaded by ranks that each hold a part of them."""
+    lora = settings(lora={"kind": "lora", "rank": 4})
+    trainer = Trainer(lora, prepare(RandomModel()), folder)
+    start = weights(trainer)
+    for version in range(2):
+        trainer.train(batch(version))
+    trainer.save()
+    trainer.finish()
+    again = Trainer(lora, prepare(RandomModel()), folder)
+    found = {"loaded": again.version, "start": start, "before": weights(trainer), "after": weights(again)}
+    figures = [one.train(batch(2))[1] for one in (trainer, again)]
+    return found | {"figures": [(figure.sums.loss, figure.grad_norms) for figure in figures]}
+
+
+def computing(rank: int, folder: str) -> Found:
+    """Gradient norm of the same batch, as usual, with activations made anew, and in bfloat16."""
+    ways = {"plain": {}, "recomputed": {"activation_checkpointing": True}, "bfloat16": {"compute_dtype": "bfloat16"}}
+    found = {}
+    for way, learner in ways.items():
+        trainer = Trainer(settings(**learner), prepare(RandomModel()), f"{folder}/{way}")
+        found[way] = trainer.train(batch(0))[1].grad_norms[0]
+    return found
+
+
+def rank_of(rank: int, part: Callable[[int, str], Found], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meet", RANKS), rank=rank, world_size=RANKS)
+    torch.save(part(rank, f"{folder}/checkpoints"), f"{folder}/found-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def together(part: Callable[[int, str], Found], folder: Path) -> list[Found]:
+    """What both ranks found."""
+    prepare(RandomModel())
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=rank_of, args=(rank, part, str(folder))) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        if process.exitcode is None:
+            process.kill()
+        assert process.exitcode == 0
+    return [torch.load(folder / f"found-{rank}.pt") for rank in range(RANKS)]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path):
+    for found in together(skipping, tmp_path):
+        assert found["skipped"] == [True, False]
+        assert same(found["before"], found["after"])
+        assert found["version"] == 3
+
+
+def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(tmp_path: Path):
+    for found in together(failing, tmp_path):
+        assert "00000002 could not be written" in found["error"]
+        assert found["versions"] == [[1], [1, 3, 4]]
+        assert found["loaded"] == 3
+        assert len(found["passed_over"]) == 1
+        assert "00000004 is damaged" in found["passed_over"][0]
+        assert same(found["weights"], found["weights 3"])
+        assert not same(found["weights"], found["weights 4"])
+
+
+def test_adapters_that_are_sharded_go_on_from_their_checkpoint(tmp_path: Path):
+    for found in together(adapting, tmp_path):
+        assert found["loaded"] == 2
+        assert same(found["before"], found["after"])
+        assert not same(found["start"], found["after"])
+        assert found["figures"][0] == found["figures"][1]
+
+
+def test_recomputed_activations_and_narrow_types_give_the_same_gradient_under_sharding(tmp_path: Path):
+    for found in together(computing, tmp_path):
+        assert found["recomputed"] == pytest.approx(found["plain"], rel=1e-5)
+        assert found["bfloat16"] == pytest.approx(found["plain"], rel=0.05)
