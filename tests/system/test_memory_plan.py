@@ -47,6 +47,7 @@ def learner(config: RunConfig, folder: str, answer: Any) -> None:
             for i in range(config.replay.prompts_per_batch)
         ]  # fmt: skip
         trainer.train(groups)
+        shares = {}  # the one before goes first
         shares = {trainer.version: trainer.share()}
         if step == 1:
             trainer.save()

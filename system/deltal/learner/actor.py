@@ -239,7 +239,8 @@ class LearnerRank:
 
     def _publish(self, trainer: Trainer) -> str:
         """Offer this version's weights to the PolicyStore; returns their digest."""
-        # Kept until the next version, so that a restarted PolicyStore can be served at once.
+        # Kept until the next version, so that a restarted PolicyStore can be served at once; not beside it.
+        self._shares = {}
         share = trainer.share()
         self._shares = {trainer.version: share}
         self._newest = max(self._newest, trainer.version)
