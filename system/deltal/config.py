@@ -251,7 +251,7 @@ class LearnerConfig(Settings):
     num_gpus: Fraction = Field(0.0, description="Ray GPUs of one rank")
     rendezvous_deadline: Real = Field(120.0, gt=0.0, description="seconds all ranks have to meet")
     batch_deadline: Real = Field(
-        1800.0, gt=0.0, description="seconds the learner waits for a batch before the run fails"
+        1800.0, gt=0.0, description="seconds the learner waits for a batch before the run fails; pauses do not count"
     )
 
     @model_validator(mode="after")

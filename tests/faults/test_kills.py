@@ -82,6 +82,17 @@ def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batche
         assert run.rows()[-1]["digest"] == undisturbed(run, tmp_path)
 
 
+def test_a_stop_reaches_a_learner_that_is_just_coming_back(tmp_path: Path):
+    with LiveRun(tmp_path, "run", *SLOWER) as run:
+        pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
+        run.until_step(3)
+        os.kill(pids["learner-0"], signal.SIGKILL)
+        os.kill(run.process.pid, signal.SIGINT)
+        summary = run.end(timeout=150.0)
+        assert summary["state"] == "stopped"
+        assert run.audit()["counts"]["consumed"] >= 3 * BATCH
+
+
 def test_the_driver_resumes_a_run_whose_controller_died(tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
         run.until_step(4)

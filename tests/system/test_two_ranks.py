@@ -135,11 +135,13 @@ def together(part: Callable[[int, str], Found], folder: Path) -> list[Found]:
     processes = [context.Process(target=rank_of, args=(rank, part, str(folder))) for rank in range(RANKS)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(180)
-        if process.exitcode is None:
+    try:
+        for process in processes:
+            process.join(180)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
             process.kill()
-        assert process.exitcode == 0
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(RANKS)]
 
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from deltal.errors import ModelError
+from deltal.learner.batch import pack
 from deltal.learner.head import attach, token_logprob
+from tests.unit.builders import tiny_model
+from tests.unit.test_batch import items_of, mixed_groups
 
 TOKENS, WIDTH, VOCABULARY = 9, 6, 23
 
@@ -90,3 +93,28 @@ def test_a_head_that_changes_its_logits_is_refused() -> None:
 
     with pytest.raises(ModelError, match="softcapping"):
         attach(Capped())
+
+
+@pytest.mark.parametrize(
+    ("window", "kinds", "refused"),
+    [
+        (None, None, False),
+        (0, None, False),
+        (4096, None, False),
+        (8, ["full_attention", "full_attention"], False),
+        (8, None, True),
+        (8, ["full_attention", "sliding_attention"], True),
+    ],
+)
+def test_a_window_that_a_sequence_passes_is_refused(
+    model_cache: None, window: int | None, kinds: list[str] | None, refused: bool
+) -> None:
+    model = tiny_model()
+    model.config.sliding_window, model.config.layer_types = window, kinds
+    micro = pack(items_of(mixed_groups()), budget=4096, ranks=1)[0][0]
+    assert int(micro.positions.max()) >= 8
+    if refused:
+        with pytest.raises(ModelError, match="sees 8 tokens back only"):
+            model.token_logprobs(micro, 1.0, 512, None)
+    else:
+        model.token_logprobs(micro, 1.0, 512, None)

@@ -139,8 +139,9 @@ def _named(settings: RunConfig, run: str | None, stem: str) -> RunConfig:
 def _placed(settings: RunConfig) -> RunConfig:
     """Relative paths that exist here made whole: actors and later commands run in folders of their own."""
     values = settings.model_dump(mode="json")
-    for part in (values["model"], values["data"], values["evaluation"]["data"] or {}):
-        if part.get("path") and (path := Path(part["path"]).expanduser()).exists():
+    data = (values["data"], values["evaluation"]["data"] or {})
+    for part, is_there in ((values["model"], Path.exists), *((part, Path.is_file) for part in data)):
+        if part.get("path") and is_there(path := Path(part["path"]).expanduser()):
             part["path"] = str(path.absolute())
     return RunConfig.model_validate(values)
 

@@ -11,6 +11,7 @@ branch's positions go on from its prompt. That is exact: no response sees anothe
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -194,20 +195,27 @@ def pack(items: Sequence[Item], *, budget: int, ranks: int, keep_all: bool = Fal
 def _first_fit(pieces: Sequence[Piece], budget: int) -> list[list[Piece]]:
     """First fit, longest first: the usual bin-packing heuristic, at most 11/9 of the fewest rows."""
     rows: list[list[Piece]] = []
+    used: list[int] = []
     for piece in sorted(pieces, key=_tokens, reverse=True):
-        row = next((row for row in rows if _length(row) + _tokens(piece) <= budget), None)
-        if row is None:
+        size = _tokens(piece)
+        place = next((i for i, taken in enumerate(used) if taken + size <= budget), None)
+        if place is None:
             rows.append([piece])
+            used.append(size)
         else:
-            row.append(piece)
+            rows[place].append(piece)
+            used[place] += size
     return rows
 
 
 def _evenly(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     """`count` rows, the longest piece first, each to the shortest row: the usual scheduling heuristic."""
     rows: list[list[Piece]] = [[] for _ in range(count)]
+    shortest = [(0, place) for place in range(count)]
     for piece in sorted(pieces, key=_tokens, reverse=True):
-        min(rows, key=_length).append(piece)
+        taken, place = shortest[0]
+        rows[place].append(piece)
+        heapq.heapreplace(shortest, (taken + _tokens(piece), place))
     return [row for row in rows if row]
 
 

@@ -130,6 +130,19 @@ def shard_head(model: torch.nn.Module) -> None:
     register_fsdp_forward_method(model, "token_logprobs")
 
 
+def _check_window(model: Any, micro: PackedMicroBatch) -> None:
+    """Neither way of attention has a sliding window: fine while no sequence is longer than it."""
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    if not window or (kinds is not None and "sliding_attention" not in kinds):
+        return
+    longest = int(micro.positions.max()) + 1
+    if longest > window:
+        raise ModelError(
+            f"{type(model).__name__} sees {window} tokens back only, and a prompt with its response has {longest}: "
+            "not supported"
+        )
+
+
 def _token_logprobs(
     self: Any, micro: PackedMicroBatch, temperature: float, chunk: int, observe: Observe | None
 ) -> tuple[Tensor, Tensor]:
@@ -137,12 +150,7 @@ def _token_logprobs(
     # A row with nothing to train still runs model and head, so that all ranks meet in the same collectives.
     predict_at = micro.predict_at if trained else micro.tokens.new_zeros(1)
     target = micro.target if trained else micro.tokens.new_zeros(1)
-    window, longest = getattr(self.config, "sliding_window", None), int(micro.positions.max()) + 1
-    if window is not None and longest > window:
-        raise ModelError(
-            f"{type(self).__name__} sees {window} tokens back only, and a prompt with its response has {longest}: "
-            "not supported"
-        )
+    _check_window(self, micro)
     # A mask of four dimensions is taken as it is, so that transformers makes none.
     if micro.tokens.device.type == "cpu":
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool)

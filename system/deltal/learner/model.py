@@ -103,6 +103,8 @@ def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a cut safetensors file or a wrong shape has an exception of its own
         raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
 

@@ -44,7 +44,7 @@ def join(config: RunConfig, rank: int, host: str, port: int, listener: int | Non
         store=store,
         rank=rank,
         world_size=settings.ranks,
-        # The others sit in a collective while rank 0 waits for a batch; its own deadline names the wait.
+        # Longer than any wait that has a deadline and a name of its own.
         timeout=timedelta(seconds=settings.batch_deadline + 60.0),
     )
 

@@ -69,6 +69,7 @@ class Supervisor:
         self._numbers = {"rollout": itertools.count(), "verify": itertools.count()}
         self._deaths: dict[str, deque[float]] = {}
         self._group: PlacementGroup | None = None
+        self._learner_is_to_stop = False
         self.members: dict[str, dict[str, Member]] = {"rollout": {}, "verify": {}, "learner": {}}
         self.wanted = {"rollout": 0, "verify": 0}
         self.restarts: Counter[str] = Counter()
@@ -97,7 +98,9 @@ class Supervisor:
         )  # fmt: skip
 
     async def start_learner(self) -> None:
-        """All K ranks in one placement group, and their run. Raises ResourceError when they find no place."""
+        """All K ranks in one placement group, and their run. Raises ResourceError when they find no place, and
+        ActorLostError when one dies while it starts.
+        """
         settings = self._config.learner
         if self._group is None:
             bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
@@ -136,9 +139,13 @@ class Supervisor:
                 f"{settings.ranks} learner rank(s) did not start within {settings.rendezvous_deadline:.0f} s: is a "
                 "node gone, or the machine overloaded?"
             ) from None
+        except ray.exceptions.RayError as error:
+            raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=-1)}") from error
         self.members["learner"] = {f"learner-{i}": Member(f"learner-{i}", handle) for i, handle in enumerate(ranks)}
         runs = [handle.run.remote(host, port) for handle in ranks]
         self._learner_watch = asyncio.create_task(self._watch_learner(runs))
+        if self._learner_is_to_stop:  # asked of the ranks before these
+            self.stop_learner()
 
     async def scale(self, role: str, count: int) -> None:
         """Have `count` RolloutWorkers or Verifiers; those that leave finish what they hold first."""
@@ -152,6 +159,7 @@ class Supervisor:
 
     def stop_learner(self) -> None:
         """Ask all ranks to finish the step, checkpoint and leave."""
+        self._learner_is_to_stop = True
         for member in self.members["learner"].values():
             member.leaving = True
             member.handle.stop.remote()
@@ -245,11 +253,19 @@ class Supervisor:
                 ray.kill(member.handle)
             if isinstance(cause, DeltalError):
                 self._failed(cause)
-            elif self._count_death("learner", "a learner rank", error):
-                try:
-                    await self.start_learner()
-                except (DeltalError, ray.exceptions.RayError) as again:
-                    self._failed(again)
+            else:
+                await self._restart_learner(error)
+
+    async def _restart_learner(self, died: BaseException) -> None:
+        while self._count_death("learner", "a learner rank", died):
+            try:
+                await self.start_learner()
+                return
+            except ActorLostError as again:
+                died = again
+            except DeltalError as error:
+                self._failed(error)
+                return
 
     def _count_death(self, role: str, name: str, error: BaseException) -> bool:
         """Note a death; False when it was one too many and the run fails."""
