@@ -109,7 +109,7 @@ def test_a_head_that_changes_its_logits_is_refused() -> None:
 def test_a_window_that_a_sequence_passes_is_refused(
     model_cache: None, window: int | None, kinds: list[str] | None, refused: bool
 ) -> None:
-    model = tiny_model()
+    model = tiny_model("llama")  # which looks at neither setting itself
     model.config.sliding_window, model.config.layer_types = window, kinds
     micro = pack(items_of(mixed_groups()), budget=4096, ranks=1)[0][0]
     assert int(micro.positions.max()) >= 8
