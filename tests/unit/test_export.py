@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltal.config import ModelShape, RandomModel, RunConfig
+from deltal.config import HfModel, ModelShape, RandomModel, RunConfig
 from deltal.errors import UserError
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.export import export
@@ -111,6 +111,28 @@ def test_a_target_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
     with pytest.raises(UserError, match=f"{target} exists and is no export of deltal"):
         export(str(tmp_path / "checkpoints"), str(target), config=config)
     assert contents(tmp_path) == before
+
+
+def test_the_model_the_run_began_from_is_never_replaced(tmp_path: Path) -> None:
+    config, start = config_of(), tmp_path / "start"
+    checkpointed(tmp_path / "checkpoints", config, 1)
+    export(str(tmp_path / "checkpoints"), str(start), config=config)
+    forked = config.model_copy(update={"model": HfModel(path=str(start))})
+    before = contents(start)
+    with pytest.raises(UserError, match="is the model this run began from"):
+        export(str(tmp_path / "checkpoints"), str(start / ".." / "start"), config=forked)
+    assert contents(start) == before
+
+
+def test_what_others_put_into_an_export_stays(tmp_path: Path) -> None:
+    config, target = config_of(), tmp_path / "out"
+    checkpointed(tmp_path / "checkpoints", config, 1)
+    export(str(tmp_path / "checkpoints"), str(target), config=config)
+    before = set(contents(target))
+    (target / "notes.txt").write_text("mine")
+    export(str(tmp_path / "checkpoints"), str(target), config=config)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert set(contents(target)) == before | {"notes.txt"}
 
 
 def test_an_empty_or_new_folder_is_taken(tmp_path: Path) -> None:

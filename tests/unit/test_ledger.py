@@ -231,6 +231,14 @@ def test_an_audit_sees_a_missing_batch_record() -> None:
     assert "version 0 was trained without a batch record" in result.violations
 
 
+def test_an_audit_sees_a_journal_that_ends_before_the_steps_it_led_to() -> None:
+    batches = audit(GOOD, max_staleness=4).batches
+    assert audit(GOOD, max_staleness=4, steps=batches).violations == ()
+    (violation,) = audit(GOOD, max_staleness=4, steps=batches + 1).violations
+    assert f"tells of {batches + 1} steps, the journal of {batches} batches" in violation
+    assert audit([], max_staleness=4, steps=1).violations
+
+
 def test_the_cursor_stands_after_the_last_issue() -> None:
     records = [Issued((gid(0),), 0, 0, 1, 0.0), Issued((gid(0, epoch=1),), 0, 1, 1, 0.0)]
     assert folded(records).cursor == (1, 1)

@@ -108,7 +108,8 @@ def export(
 
     source = RunFolder.find(run)
     chosen = None if step is None else named_version(source, step)
-    facts = {f"held-out accuracy, {row['label']}": row["accuracy"] for row in source.rows("evaluations.jsonl")}
+    told = [row for row in source.rows("evaluations.jsonl") if "label" in row and "accuracy" in row]
+    facts = {f"held-out accuracy, {row['label']}": row["accuracy"] for row in told}
     version = write(
         source.path("checkpoints"), folder, config=source.config(), version=chosen, facts=facts, adapter=adapter
     )
@@ -145,7 +146,9 @@ def audit(run: Run, as_json: Json = False) -> None:
     from deltal.run.folder import RunFolder
 
     folder = RunFolder.find(run)
-    result = prove(Journal(folder.path("journal")).read(), max_staleness=folder.config().replay.max_staleness)
+    steps = max((int(row.get("step") or 0) for row in folder.rows("metrics.jsonl")), default=0)
+    records, stale = Journal(folder.path("journal")).read(), folder.config().replay.max_staleness
+    result = prove(records, max_staleness=stale, steps=steps)
     if as_json:
         out.print_json(data=asdict(result))
     else:

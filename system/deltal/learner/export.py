@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from deltal.config_lora import Lora
-from deltal.errors import UserError
+from deltal.errors import UserError, one_line
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.lora import adapt, fold, write_adapter
 from deltal.learner.model import copy_tokenizer, load, prepare
 
 TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
 """The line of a model card by which a later export knows its own."""
+OTHER_WAY = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
+"""What an export with or without `adapter`, or of another size, may have left."""
 
 
 def export(
@@ -34,18 +36,26 @@ def export(
             f"there is no checkpoint {'' if version is None else version} in {checkpoints}; there are: {have}"
         )
     chosen = versions[-1] if version is None else version
-    folder = Path(target)
+    folder = Path(target).resolve()
     if folder.exists() and not _may_be_replaced(folder):
         raise UserError(f"{target} exists and is no export of deltal; choose another")
+    if folder == Path.cwd():
+        raise UserError("the folder you stand in cannot be replaced; name another")
     lora = config.learner.lora
     if adapter and not isinstance(lora, Lora):
         raise UserError("this run trained all weights and has no adapter: export it without --adapter")
     base = prepare(config.model)
+    started_from = {Path(base).resolve(), Path(getattr(config.model, "path", base)).expanduser().resolve()}
+    if folder in started_from:
+        raise UserError(f"{target} is the model this run began from, which it still needs; choose another")
     model: Any = load(base)
     if isinstance(lora, Lora):
         adapt(model, lora, seed=config.run.seed)
     store.load_weights(chosen, model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {one_line(error)}") from error
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         if adapter:
@@ -57,11 +67,19 @@ def export(
         copy_tokenizer(base, temporary)
         (temporary / "README.md").write_text(model_card(config, chosen, facts or {}))
         temporary.chmod(0o755)
+        _keep_foreign(folder, temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return chosen
+
+
+def _keep_foreign(old: Path, new: Path) -> None:
+    """Move into `new` what somebody else put into the earlier export `old`."""
+    for path in old.iterdir() if old.exists() else ():
+        if not (new / path.name).exists() and path.suffix != ".safetensors" and path.name not in OTHER_WAY:
+            shutil.move(path, new / path.name)
 
 
 def _may_be_replaced(folder: Path) -> bool:

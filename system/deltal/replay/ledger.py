@@ -181,9 +181,11 @@ class Audit:
     violations: tuple[str, ...]
 
 
-def audit(records: Iterable[Record], *, max_staleness: int) -> Audit:
+def audit(records: Iterable[Record], *, max_staleness: int, steps: int = 0) -> Audit:
     """Fold all records and prove the law: one fate a group, one batch a consumed group, staleness within
     `max_staleness` versions, batches and versions in turn.
+
+    `steps`: of how many trained batches others tell; with fewer in the records, their end is missing.
     """
     ledger, violations, worst = Ledger(), [], 0
     for record in records:
@@ -206,6 +208,10 @@ def audit(records: Iterable[Record], *, max_staleness: int) -> Audit:
         ledger.check()
     except LedgerError as error:
         violations.append(str(error))
+    if len(ledger.batches) < steps:
+        violations.append(
+            f"metrics.jsonl tells of {steps} steps, the journal of {len(ledger.batches)} batches: its end is missing"
+        )
     named = Counter(id for batch in ledger.batches for id in batch)
     violations += [f"group {id} stands in {times} batch records" for id, times in named.items() if times > 1]
     return Audit(

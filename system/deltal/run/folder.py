@@ -39,7 +39,10 @@ class RunFolder:
     """
 
     def __init__(self, url: str) -> None:
-        self._fs, self._path = fsspec.core.url_to_fs(url)
+        try:
+            self._fs, self._path = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+            raise UserError(f"the run folder {url} cannot be opened: {one_line(error)}") from error
         self.is_local = "://" not in url or url.startswith("file://")
         self.url = self._path if self.is_local else url.rstrip("/")
 

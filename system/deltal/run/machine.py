@@ -44,15 +44,12 @@ def named_gpus(text: str) -> Machine:
     """A machine of which only the GPUs are known: `8xH100`, `H100`, or `2x48` for two of 48 GiB. Raises UserError."""
     found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9.-]+)", text.strip().lower().replace(" ", ""))
     count, name = (int(found[1] or 1), found[2]) if found else (0, "")
+    gib = GPU_GIB.get(name, 0.0)
     with contextlib.suppress(ValueError):
-        return _only_gpus(count, float(name))
-    if name not in GPU_GIB:
+        gib = float(name)
+    if count < 1 or not 0.0 < gib < float("inf"):
         raise UserError(f"--gpus {text!r}: say how many of which, like 8xH100 ({', '.join(GPU_GIB)}), or of so many "
                         "GiB, like 8x80")  # fmt: skip
-    return _only_gpus(count, GPU_GIB[name])
-
-
-def _only_gpus(count: int, gib: float) -> Machine:
     endless = float("inf")
     return Machine(ram_gib=endless, shm_free_gib=endless, cpus=endless, gpus=count, gpu_gib=gib)
 
