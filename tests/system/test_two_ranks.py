@@ -19,7 +19,7 @@ from deltal.learner.lora import merged
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer
 from deltal.types import ScoredGroup
-from tests.unit.builders import run_config, scored
+from tests.unit.builders import run_config, same_state, scored
 
 RANKS = 2
 Found = dict[str, Any]
@@ -145,14 +145,10 @@ def together(part: Callable[[int, str], Found], folder: Path) -> list[Found]:
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(RANKS)]
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path):
     for found in together(skipping, tmp_path):
         assert found["skipped"] == [True, False]
-        assert same(found["before"], found["after"])
+        assert same_state(found["before"], found["after"])
         assert found["version"] == 3
 
 
@@ -163,15 +159,15 @@ def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(tmp_path: P
         assert found["loaded"] == 3
         assert len(found["passed_over"]) == 1
         assert "00000004 is damaged" in found["passed_over"][0]
-        assert same(found["weights"], found["weights 3"])
-        assert not same(found["weights"], found["weights 4"])
+        assert same_state(found["weights"], found["weights 3"])
+        assert not same_state(found["weights"], found["weights 4"])
 
 
 def test_adapters_that_are_sharded_go_on_from_their_checkpoint(tmp_path: Path):
     for found in together(adapting, tmp_path):
         assert found["loaded"] == 2
-        assert same(found["before"], found["after"])
-        assert not same(found["start"], found["after"])
+        assert same_state(found["before"], found["after"])
+        assert not same_state(found["start"], found["after"])
         assert found["figures"][0] == found["figures"][1]
 
 

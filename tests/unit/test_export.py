@@ -135,6 +135,26 @@ def test_what_others_put_into_an_export_stays(tmp_path: Path) -> None:
     assert set(contents(target)) == before | {"notes.txt"}
 
 
+def test_an_export_that_cannot_be_put_in_place_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, target, rename = config_of(), tmp_path / "out", Path.rename
+    checkpointed(tmp_path / "checkpoints", config, 1)
+    export(str(tmp_path / "checkpoints"), str(target), config=config)
+    (target / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+
+    def refusing(self: Path, place: Path) -> Path:
+        if place == target and not self.name.endswith(".before"):
+            raise OSError("the disk is gone")
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(UserError, match=f"{target} cannot be written: the disk is gone"):
+        export(str(tmp_path / "checkpoints"), str(target), config=config)
+    assert contents(tmp_path) == before
+
+
 def test_an_empty_or_new_folder_is_taken(tmp_path: Path) -> None:
     config = config_of()
     checkpointed(tmp_path / "checkpoints", config, 1)

@@ -53,7 +53,7 @@ class LearnerRank:
         self._checkpoint_seconds: dict[str, float] = {}
         self._skipped: list[int] = []
         self._version = 0
-        self._waiting_for = "the model to load"
+        self._waiting_for, self._waits_since = "the model to load", time.monotonic()
         self._offering = threading.Lock()
         self._metrics = LearnerMetrics(run, f"learner-{rank}")
         self._server = serve_metrics(self._metrics.registry, host=host, token=token)

@@ -188,7 +188,7 @@ def pack(items: Sequence[Item], *, budget: int, ranks: int, keep_all: bool = Fal
     if all(len(row) == 1 or _length(row) <= budget for row in even):
         rows = even
     rows.sort(key=_length, reverse=True)
-    rows += [[]] * (-len(rows) % ranks or (0 if rows else ranks))
+    rows += [[]] * (max(count, ranks) - len(rows))
     return [[_row(row) for row in rows[rank::ranks]] for rank in range(ranks)]
 
 

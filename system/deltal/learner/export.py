@@ -67,23 +67,34 @@ def export(
         copy_tokenizer(base, temporary)
         (temporary / "README.md").write_text(model_card(config, chosen, facts or {}))
         temporary.chmod(0o755)
-        _keep_foreign(folder, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        _put(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return chosen
 
 
-def _keep_foreign(old: Path, new: Path) -> None:
-    """Move into `new` what somebody else put into the earlier export `old`."""
-    for path in old.iterdir() if old.exists() else ():
-        if not (new / path.name).exists() and path.suffix != ".safetensors" and path.name not in OTHER_WAY:
-            shutil.move(path, new / path.name)
+def _put(new: Path, folder: Path) -> None:
+    """Move `new` to where an earlier export `folder` may be; what others put into that one stays."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    before = new.with_name(f"{new.name}.before")
+    folder.rename(before)
+    try:
+        new.rename(folder)
+    except OSError:
+        before.rename(folder)
+        raise
+    for path in before.iterdir():
+        if not (folder / path.name).exists() and path.suffix != ".safetensors" and path.name not in OTHER_WAY:
+            path.rename(folder / path.name)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    """An empty folder or an earlier export; not, for instance, the start model's folder."""
+    """An empty folder or an earlier export; not, for instance, a model that somebody downloaded."""
     if not folder.is_dir():
         return False
     card = folder / "README.md"

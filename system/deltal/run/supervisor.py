@@ -69,7 +69,6 @@ class Supervisor:
         self._numbers = {"rollout": itertools.count(), "verify": itertools.count()}
         self._deaths: dict[str, deque[float]] = {}
         self._group: PlacementGroup | None = None
-        self._learner_is_to_stop = False
         self.members: dict[str, dict[str, Member]] = {"rollout": {}, "verify": {}, "learner": {}}
         self.wanted = {"rollout": 0, "verify": 0}
         self.restarts: Counter[str] = Counter()
@@ -141,10 +140,11 @@ class Supervisor:
             ) from None
         except ray.exceptions.RayError as error:
             raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=-1)}") from error
+        is_to_stop = any(member.leaving for member in self.members["learner"].values())  # those before these
         self.members["learner"] = {f"learner-{i}": Member(f"learner-{i}", handle) for i, handle in enumerate(ranks)}
         runs = [handle.run.remote(host, port) for handle in ranks]
         self._learner_watch = asyncio.create_task(self._watch_learner(runs))
-        if self._learner_is_to_stop:  # asked of the ranks before these
+        if is_to_stop:
             self.stop_learner()
 
     async def scale(self, role: str, count: int) -> None:
@@ -159,7 +159,6 @@ class Supervisor:
 
     def stop_learner(self) -> None:
         """Ask all ranks to finish the step, checkpoint and leave."""
-        self._learner_is_to_stop = True
         for member in self.members["learner"].values():
             member.leaving = True
             member.handle.stop.remote()
@@ -257,6 +256,7 @@ class Supervisor:
                 await self._restart_learner(error)
 
     async def _restart_learner(self, died: BaseException) -> None:
+        """Start all ranks again, also when one dies while it starts; fails the run after too many deaths."""
         while self._count_death("learner", "a learner rank", died):
             try:
                 await self.start_learner()
