@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from deltal.folder import RunFolder
 from deltal.run.attach import call
-from deltal.run.folder import RunFolder
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 

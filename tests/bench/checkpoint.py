@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from deltal.config import LearnerConfig, ModelShape
-from deltal.config_algorithm import AlgorithmConfig
-from deltal.config_file import load_config
+from deltal.config.algorithm import AlgorithmConfig
+from deltal.config.file import load_config
 from deltal.learner.batch import Item, pack
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, grad_norm
-from deltal.run.memory import parameter_count
+from deltal.plan.memory import parameter_count
 from deltal.types import Group, GroupId, Message, Prompt, Response, Span
 from tests.bench.peak import peak_bytes, reset_peak
 from tests.bench.table import FOLDER, matmul_limit, tell

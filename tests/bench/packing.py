@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.learner.batch import Item, PackedMicroBatch, pack
 from deltal.learner.head import token_logprob
 from deltal.learner.model import load, prepare

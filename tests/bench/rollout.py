@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.data.chat import Chat
 from deltal.data.cursor import PromptCursor
 from deltal.data.datasets import load_prompts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.learner.batch import assemble, mini_batches
 from deltal.learner.instrument import Instrument
 from deltal.learner.model import load, prepare

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deltal.config import RandomModel, RunConfig
-from deltal.config_file import resolve
+from deltal.config.file import resolve
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer
 from deltal.types import ScoredGroup

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deltal.run.folder import RunFolder
+from deltal.folder import RunFolder
 from tests.launch import TINY, LiveRun, deltal
 
 STEPS, EVERY = 40, 8

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deltal.config import RunConfig
-from deltal.config_file import load_config
-from deltal.run.plan import plan
+from deltal.config.file import load_config
+from deltal.plan.plan import plan
 from tests.bench.peak import peak_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.learner.batch import pack
 from deltal.learner.model import load, prepare
 from tests.unit.test_batch import items_of, mixed_groups, one_by_one, packed

@@ -10,12 +10,12 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
-from deltal.config_file import load_config
-from deltal.policy import PolicyStore
+from deltal.config.file import load_config
+from deltal.plan.machine import GIB
+from deltal.plan.memory import KEPT_VERSIONS
+from deltal.plan.plan import plan
+from deltal.policy.store import PolicyStore
 from deltal.run.driver import loopback_kept
-from deltal.run.machine import GIB
-from deltal.run.memory import KEPT_VERSIONS
-from deltal.run.plan import plan
 from deltal.types import TensorBytes
 from tests.launch import TINY
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from deltal.config import RandomModel
-from deltal.config_file import resolve
+from deltal.config.file import resolve
 from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, shard

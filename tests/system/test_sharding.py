@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from deltal.algorithm import AGGREGATIONS
 from deltal.config import RandomModel, RunConfig
-from deltal.config_file import load_config, resolve
-from deltal.config_lora import Lora
+from deltal.config.file import load_config, resolve
+from deltal.config.lora import Lora
 from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.lora import adapt, merged, whole
 from deltal.learner.model import load, prepare

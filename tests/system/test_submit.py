@@ -15,9 +15,9 @@ import psutil
 import pytest
 import ray
 
-from deltal.config_file import load_config
+from deltal.config.file import load_config
+from deltal.plan.plan import plan
 from deltal.run.driver import cluster as local_cluster
-from deltal.run.plan import plan
 from tests.launch import TINY, deltal
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from deltal.config_algorithm import AutoAlpha
+from deltal.config.algorithm import AutoAlpha
 from deltal.learner.export import export
 from deltal.learner.model import prepare
 from deltal.monitor.metrics import metric_names

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deltal.config_file import load_config
-from deltal.run.folder import RunFolder
+from deltal.config.file import load_config
+from deltal.folder import RunFolder
 from tests.launch import TINY, deltal
 
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 from deltal import algorithm
 from deltal.config import ReplayConfig, RunConfig
-from deltal.config_algorithm import AlgorithmConfig
-from deltal.config_base import Settings
-from deltal.config_file import explained, load_config, resolve
+from deltal.config.algorithm import AlgorithmConfig
+from deltal.config.base import Settings
+from deltal.config.file import explained, load_config, resolve
 from deltal.errors import ConfigError
 from tests.unit.builders import run_config
 

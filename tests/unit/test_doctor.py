@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deltal.run import doctor
-from deltal.run.doctor import Finding, endpoint, examine
+from deltal.plan import doctor
+from deltal.plan.doctor import Finding, endpoint, examine
 
 NAMES = [
     "Python",
@@ -107,7 +107,7 @@ def test_too_little_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_doctor_loads_neither_ray_nor_torch_nor_vllm() -> None:
     code = (
-        "import sys; from deltal.run.doctor import examine; examine('127.0.0.1:1'); "
+        "import sys; from deltal.plan.doctor import examine; examine('127.0.0.1:1'); "
         "print([m for m in ('ray', 'torch', 'vllm') if m in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

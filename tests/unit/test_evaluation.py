@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal.run.evaluation import Evaluation, best_of, mean_interval, paired_gain, pass_at, pass_at_k
+from deltal.results.statistics import best_of, mean_interval, paired_gain, pass_at, pass_at_k
+from deltal.run.evaluation import Evaluation
 from deltal.types import ScoredGroup
 from tests.unit.builders import gid, prompt, run_config, scored
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from deltal.errors import RunInUseError, RunNotFoundError
-from deltal.run.folder import MISSED_BEATS, FolderLock, RunFolder, lock_is_alive, runs_root
+from deltal.folder import MISSED_BEATS, FolderLock, RunFolder, lock_is_alive, runs_root
 from tests.unit.builders import run_config
 
 BEAT = 0.5

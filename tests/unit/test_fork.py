@@ -11,10 +11,10 @@ import torch
 
 from deltal.config import HfModel, RunConfig
 from deltal.errors import RunNotFoundError, UserError
+from deltal.folder import RunFolder
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.export import export
 from deltal.learner.model import load, prepare
-from deltal.run.folder import RunFolder
 from deltal.run.fork import begin, find_source, named_version, planned
 from tests.unit.builders import run_config, same_state
 

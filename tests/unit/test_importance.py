@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltal.algorithm import IMPORTANCE, engine_kl, importance_weight
-from deltal.config_algorithm import MaskedImportance, NoImportance, TruncatedImportance
+from deltal.config.algorithm import MaskedImportance, NoImportance, TruncatedImportance
 
 EVERY = [
     NoImportance(), TruncatedImportance(), TruncatedImportance(cap=1.1, level="sequence"),

@@ -21,8 +21,8 @@ from deltal.learner.batch import assemble, mini_batches
 from deltal.learner.gradients import measure
 from deltal.learner.instrument import Instrument
 from deltal.learner.step import train_batch
-from deltal.run.variance import instrument as study
-from deltal.run.variance import table, write
+from deltal.results.variance import instrument as study
+from deltal.results.variance import table, write
 from deltal.types import Batch, ScoredGroup
 from tests.unit.builders import run_config, scored, tiny_model
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltal.algorithm import KL_TERMS, kl_penalty
-from deltal.config_algorithm import K1Kl, K3Kl, NoKl
+from deltal.config.algorithm import K1Kl, K3Kl, NoKl
 
 NUMBERS = st.integers(0, 2**32 - 1)
 PLAIN = {"k1": K1Kl(coefficient=1.0), "k3": K3Kl(coefficient=1.0)}

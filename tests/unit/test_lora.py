@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from deltal.config import HfModel, RandomModel, RunConfig
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 from deltal.errors import ConfigError, ModelError, UserError
 from deltal.learner.export import export
 from deltal.learner.lora import adapt, merged, with_adapter
 from deltal.learner.model import load, prepare
 from deltal.learner.trainer import Trainer
-from deltal.run.model_folder import check_model_folder, model_shape
+from deltal.plan.model_folder import check_model_folder, model_shape
 from deltal.types import ScoredGroup
 from tests.unit.builders import run_config, scored
 

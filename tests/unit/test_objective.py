@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltal.algorithm import AGGREGATIONS, OBJECTIVES, per_token_loss, token_coefficients
-from deltal.config_algorithm import Cispo, Gspo, PpoClip, Reinforce, Sapo
+from deltal.config.algorithm import Cispo, Gspo, PpoClip, Reinforce, Sapo
 
 WIDE = Gspo(clip_low=0.1, clip_high=0.2)
 """Bounds that random numbers meet as often as not."""

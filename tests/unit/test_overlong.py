@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltal.config import VerifyConfig
-from deltal.verify.overlong import punished, soft_punishment, unjudged
+from deltal.verify.tasks.overlong import punished, soft_punishment, unjudged
 from tests.unit.builders import response, verdict
 
 LIMIT, CACHE = 40, 10

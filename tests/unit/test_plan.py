@@ -11,18 +11,18 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltal.config import HfModel, ModelShape, RandomModel, RunConfig
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 from deltal.errors import ModelError, ResourceError, UserError
 from deltal.learner.batch import pack
 from deltal.learner.head import WORK
 from deltal.learner.lora import adapt
 from deltal.learner.model import load, prepare
 from deltal.learner.step import forward
-from deltal.run import memory
-from deltal.run.machine import named_gpus
-from deltal.run.memory import activation_bytes, parameter_count
-from deltal.run.model_folder import model_shape
-from deltal.run.plan import Machine, check, check_model_folder, machine, plan
+from deltal.plan import memory
+from deltal.plan.machine import named_gpus
+from deltal.plan.memory import activation_bytes, parameter_count
+from deltal.plan.model_folder import model_shape
+from deltal.plan.plan import Machine, check, check_model_folder, machine, plan
 from tests.unit.builders import scored
 from tests.unit.test_batch import items_of
 

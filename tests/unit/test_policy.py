@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from deltal import policy
-from deltal.policy import PolicyStore
+import deltal.policy.store
+from deltal.policy.store import PolicyStore
 
 
 class Reference:
@@ -52,7 +52,7 @@ def registry() -> list[Any]:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, registry: list[Any]) -> PolicyStore:
-    monkeypatch.setattr(policy, "serve_metrics", lambda served, **_: registry.append(served))
+    monkeypatch.setattr(deltal.policy.store, "serve_metrics", lambda served, **_: registry.append(served))
     return PolicyStore(run="run", host="127.0.0.1", token=None)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltal.errors import TransferError
-from deltal.policy_direct import layout, receive, serve_once
+from deltal.policy.direct import layout, receive, serve_once
 
 HOST = "127.0.0.1"
 

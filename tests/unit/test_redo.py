@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from deltal.errors import UserError
+from deltal.folder import RunFolder
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import Admitted, BatchFormed, Issued, Trained
-from deltal.run.folder import RunFolder
-from deltal.run.redo import EQUAL_WITHIN, relative_difference, replay_step, tables
+from deltal.results.redo import EQUAL_WITHIN, relative_difference, replay_step, tables
 from deltal.types import ScoredGroup
 from tests.launch import deltal
 from tests.unit.builders import gid, run_config, scored
@@ -199,6 +199,6 @@ def test_the_command_says_yes_or_no_by_its_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_step_is_redone_without_ray_and_without_an_engine() -> None:
-    code = "import sys, deltal.run.redo; print(sorted({'ray', 'vllm'} & set(sys.modules)))"
+    code = "import sys, deltal.results.redo; print(sorted({'ray', 'vllm'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from deltal.run import charts
-from deltal.run.report import last_rows, write_report
-from deltal.run.rows import show, show_interval
+from deltal.results import charts
+from deltal.results.report import last_rows, write_report
+from deltal.results.rows import show, show_interval
 
 HOSTILE = "</title><script>alert(1)</script>$\\frac{x}$&"
 NAN = float("nan")

@@ -18,8 +18,7 @@ from deltal.config import ReasoningGymData
 from deltal.data.datasets import load_prompts
 from deltal.errors import DataError, ResourceError
 from deltal.types import Prompt
-from deltal.verify import sandbox
-from deltal.verify.sandbox import SandboxPool, isolation_kind
+from deltal.verify.sandbox.pool import PACKAGE_ROOT, SandboxPool, isolation_kind
 
 PATIENCE = 3.0
 """Seconds a verdict may take in these tests."""
@@ -29,7 +28,8 @@ PATIENCE = 3.0
 def unfiltered() -> Iterator[None]:
     """The sandbox must hold without the filter that stands before it (whose own laws are in test_verify.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PACKAGE_ROOT", f"{Path(__file__).parent / 'data/unfiltered'}:{sandbox.PACKAGE_ROOT}")
+        unfiltered = f"{Path(__file__).parent / 'data/unfiltered'}:{PACKAGE_ROOT}"
+        patch.setattr("deltal.verify.sandbox.pool.PACKAGE_ROOT", unfiltered)
         yield
 
 
@@ -140,7 +140,7 @@ def test_closing_leaves_no_process() -> None:
 PARENT = """
 import sys, threading
 from deltal.types import Prompt
-from deltal.verify.sandbox import SandboxPool
+from deltal.verify.sandbox.pool import SandboxPool
 pool = SandboxPool(processes=2, timeout=600.0, memory_mib=1024)
 easy = (Prompt(id="p", task="largest", messages=(), answer="1"), "1")
 pool.verify_many([easy] * 8)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltal.algorithm import AGGREGATIONS, OBJECTIVES
 from deltal.config import LearnerConfig
-from deltal.config_algorithm import AlgorithmConfig
+from deltal.config.algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, assemble, mini_batches, pack
 from deltal.learner.step import StepResult, StepSums, accumulate, clip, forward, grad_norm, schedule, train_batch
 from deltal.types import Batch, ScoredGroup

@@ -12,7 +12,7 @@ from deltal.algorithm import token_coefficients
 from deltal.algorithm.alpha import AlphaEstimate, BetaFit, fit_beta
 from deltal.algorithm.sketch import Sketcher, factor_gram, gram
 from deltal.algorithm.variance import by_length, debiased_square, deviations, empirical_bias, would_have_done
-from deltal.config_algorithm import AutoAlpha
+from deltal.config.algorithm import AutoAlpha
 
 LIMIT = 4096
 

@@ -17,9 +17,9 @@ from deltal.data.datasets import load_prompts
 from deltal.errors import DataError
 from deltal.types import Response
 from deltal.verify import verify
-from deltal.verify.answers import final_part, last_box
-from deltal.verify.reasoning import reasoning_gym
-from deltal.verify.sandbox import isolation_kind
+from deltal.verify.sandbox.pool import isolation_kind
+from deltal.verify.tasks.answers import final_part, last_box
+from deltal.verify.tasks.reasoning import reasoning_gym
 
 isolated = pytest.mark.skipif(isolation_kind() == "none", reason="this machine has neither bubblewrap nor namespaces")
 
@@ -231,7 +231,7 @@ def test_a_program_can_neither_write_files_nor_reach_the_network(tmp_path: Path)
 
 
 def test_without_isolation_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltal.verify.sandbox.isolation_kind", lambda: "none")
+    monkeypatch.setattr("deltal.verify.sandbox.pool.isolation_kind", lambda: "none")
     verdict = verify(MBPP, "def add(a, b): return a + b")
     assert (verdict.reason, verdict.reward) == ("no sandbox", 0.0)
 
@@ -255,7 +255,7 @@ def test_reasoning_gym_takes_the_gold_answer_and_nothing_near(name: str) -> None
     ],
 )
 def test_reasoning_gym_hands_no_scorer_what_python_would_run(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltal.verify.reasoning.is_sandboxed", lambda: True)
+    monkeypatch.setattr("deltal.verify.tasks.reasoning.is_sandboxed", lambda: True)
     finding = reasoning_gym("1", {"name": "countdown", "entry": {"metadata": {}}}, f"<answer>{said}</answer>")
     assert (finding.correct, finding.reason) == (False, "hostile")
 

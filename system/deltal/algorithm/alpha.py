@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltal.config_algorithm import AutoAlpha
+from deltal.config.algorithm import AutoAlpha
 
 HUBER = 1.345
 """Residuals beyond so many standard deviations count less: 95% efficient under normal noise (Huber 1964)."""

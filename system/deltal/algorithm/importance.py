@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deltal.algorithm.sequence import needed, same_shape, sum_over_response
-from deltal.config_algorithm import ImportanceConfig, MaskedImportance, NoImportance, TruncatedImportance
+from deltal.config.algorithm import ImportanceConfig, MaskedImportance, NoImportance, TruncatedImportance
 
 Importance = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 """(log_ratio, settings) to (weight float[T], bounded bool[T]); `log_ratio` float[T] is of the level that is set."""

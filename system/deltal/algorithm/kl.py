@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltal.algorithm.sequence import same_shape
-from deltal.config_algorithm import KlConfig, NoKl
+from deltal.config.algorithm import KlConfig, NoKl
 
 KlTerm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(new_logprob, reference_logprob), float[T], the first with gradient, to (loss float[T], value float[T])."""

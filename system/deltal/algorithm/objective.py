@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltal.algorithm.sequence import mean_over_response, needed
-from deltal.config_algorithm import Cispo, Gspo, ObjectiveConfig, PpoClip, Reinforce, Sapo
+from deltal.config.algorithm import Cispo, Gspo, ObjectiveConfig, PpoClip, Reinforce, Sapo
 
 # The settings' type differs per entry, so the registry cannot name it; `kind` ties the two together.
 Objective = Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltal.cli.app import LOOK, Address, ConfigPath, Json, Overrides, Run, Setting, app, err, out, progress_bar
-from deltal.config_file import explained, load_config
+from deltal.config.file import explained, load_config
 
 
 @app.command(rich_help_panel=LOOK, name="eval")
@@ -29,8 +29,8 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy on held-out prompts with vLLM, without Ray."""
     from deltal.data.datasets import load_prompts
-    from deltal.run.offline import data_source, model_and_settings
-    from deltal.run.offline import evaluate as measure
+    from deltal.results.offline import data_source, model_and_settings
+    from deltal.results.offline import evaluate as measure
 
     folder, settings = model_and_settings(model, config, overrides or [])
     source = data_source(data, settings)
@@ -72,8 +72,8 @@ def variance(
     from pathlib import Path
 
     from deltal.data.datasets import load_prompts
-    from deltal.run.offline import data_source, model_and_settings, sample
-    from deltal.run.variance import instrument, table, write
+    from deltal.results.offline import data_source, model_and_settings, sample
+    from deltal.results.variance import instrument, table, write
 
     where, settings = model_and_settings(model, config, overrides or [])
     chosen = load_prompts(data_source(data, settings))[:prompts]
@@ -102,8 +102,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for transformers and vLLM."""
+    from deltal.folder import RunFolder
     from deltal.learner.export import export as write
-    from deltal.run.folder import RunFolder
     from deltal.run.fork import named_version
 
     source = RunFolder.find(run)
@@ -121,8 +121,8 @@ def replay(
     run: Run, step: Annotated[int, typer.Argument(metavar="STEP", help="as in metrics.jsonl")], as_json: Json = False
 ) -> None:
     """Redo a recorded step from the run folder alone and compare loss and gradient norm with what was recorded."""
-    from deltal.run.folder import RunFolder
-    from deltal.run.redo import replay_step, tables
+    from deltal.folder import RunFolder
+    from deltal.results.redo import replay_step, tables
 
     folder = RunFolder.find(run)
     with progress_bar("training") as advance:
@@ -141,9 +141,9 @@ def audit(run: Run, as_json: Json = False) -> None:
     """Prove from the run folder alone that no group was lost or trained twice."""
     from dataclasses import asdict
 
+    from deltal.folder import RunFolder
     from deltal.replay.journal import Journal
     from deltal.replay.ledger import audit as prove
-    from deltal.run.folder import RunFolder
 
     folder = RunFolder.find(run)
     steps = max((int(row.get("step") or 0) for row in folder.rows("metrics.jsonl")), default=0)
@@ -169,7 +169,7 @@ def doctor(address: Address = None, as_json: Json = False) -> None:
     """Check this machine and say what to do."""
     from dataclasses import asdict
 
-    from deltal.run.doctor import examine
+    from deltal.plan.doctor import examine
 
     findings = examine(address)
     if as_json:

@@ -14,8 +14,8 @@ from deltal.errors import DeltalError, UserError
 @app.command(rich_help_panel=RESULT)
 def status(run: Run, as_json: Json = False) -> None:
     """What a run does now, or how it ended."""
+    from deltal.folder import RunFolder
     from deltal.run.attach import is_alive
-    from deltal.run.folder import RunFolder
     from deltal.run.progress import render
 
     folder = RunFolder.find(run)
@@ -38,8 +38,8 @@ def scale(
     run: Run, counts: Annotated[list[str], typer.Argument(metavar="rollout=N verify=N")], as_json: Json = False
 ) -> None:
     """Add or remove RolloutWorkers and Verifiers while the learner goes on."""
+    from deltal.folder import RunFolder
     from deltal.run.attach import call
-    from deltal.run.folder import RunFolder
 
     wanted: dict[str, int] = {}
     for text in counts:
@@ -60,8 +60,8 @@ def stop(
     run: Run, seconds: Annotated[float, typer.Option(help="how long to wait for the run to leave")] = 600.0
 ) -> None:
     """Finish the step under way, checkpoint and leave."""
+    from deltal.folder import RunFolder
     from deltal.run.attach import call, is_alive
-    from deltal.run.folder import RunFolder
 
     folder = RunFolder.find(run)
     call(folder, "stop")
@@ -86,8 +86,8 @@ def unpause(run: Run) -> None:
 
 
 def _pause(run: str, paused: bool) -> None:
+    from deltal.folder import RunFolder
     from deltal.run.attach import call
-    from deltal.run.folder import RunFolder
 
     folder = RunFolder.find(run)
     call(folder, "pause", paused)

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from deltal.cli.app import RUNNING, Address, ConfigPath, Json, Overrides, Run, app, err, out
 from deltal.config import RunConfig
-from deltal.config_file import load_config
+from deltal.config.file import load_config
 from deltal.errors import ConfigError, UserError
 
 
@@ -33,10 +33,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model: [bold]deltal train configs/demo.yaml learner.learning_rate=1e-5[/]."""
+    from deltal.folder import RunFolder, runs_root
+    from deltal.plan.machine import machine, named_gpus
+    from deltal.plan.plan import plan
     from deltal.run import fork
-    from deltal.run.folder import RunFolder, runs_root
-    from deltal.run.machine import machine, named_gpus
-    from deltal.run.plan import plan
 
     settings = _placed(_named(load_config(config, overrides or []), run or None, Path(config).stem))
     source = fork.find_source(begin_from) if begin_from else None
@@ -76,8 +76,8 @@ def resume(run: Run, overrides: Overrides = None, address: Address = None, as_js
 
     Settings that do not change what is trained may change: [bold]deltal resume RUN run.steps=200 learner.ranks=2[/].
     """
+    from deltal.folder import RunFolder
     from deltal.run.amend import amended
-    from deltal.run.folder import RunFolder
 
     folder = RunFolder.find(run)
     _refuse_if_alive(folder)
@@ -104,7 +104,7 @@ def submit(
     """Submit a run as a Ray job, so that it outlives this terminal."""
     import os
 
-    from deltal.run.folder import runs_root
+    from deltal.folder import runs_root
     from deltal.run.submit import follow
     from deltal.run.submit import submit as submit_job
 
@@ -153,8 +153,8 @@ def _check(settings: RunConfig, *, local: bool, hub: bool = True) -> list[str]:
     """
     from deltal.data.chat import check_template
     from deltal.data.datasets import load_prompts
-    from deltal.run.model_folder import check_model_folder
-    from deltal.run.plan import check, machine
+    from deltal.plan.model_folder import check_model_folder
+    from deltal.plan.plan import check, machine
     from deltal.verify.registry import find
 
     unseen = []
@@ -182,8 +182,8 @@ def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool)
         os.environ.setdefault(
             "RAY_AUTH_MODE", "token"
         )  # Before ray is imported: only this user may join the local Ray.
+    from deltal.plan.plan import plan
     from deltal.run.driver import drive
-    from deltal.run.plan import plan
     from deltal.run.terminal import display, tell_outcome
 
     with display(out, folder, silent=as_json) as show:

@@ -92,7 +92,7 @@ class LearnerRank:
         share = self._shares.get(version)
         if share is None or self._config.learner.transport == "object_store":
             return share
-        from deltal.policy_direct import layout
+        from deltal.policy.direct import layout
 
         facts = {"digest": share["digest"], "bytes": share["bytes"], "layout": layout(share["tensors"])}
         return {**facts, "holder": ray.get_runtime_context().current_actor}
@@ -102,7 +102,7 @@ class LearnerRank:
         share = self._shares.get(version)
         if share is None:
             return None
-        from deltal.policy_direct import serve_once
+        from deltal.policy.direct import serve_once
 
         return serve_once(share["tensors"], ray.util.get_node_ip_address(), seconds=RPC_SECONDS)
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 from deltal.errors import UserError, one_line
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.lora import adapt, fold, write_adapter

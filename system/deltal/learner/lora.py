@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 from deltal.errors import ModelError, one_line
 
 NAME = "default"

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from deltal.algorithm import engine_kl, importance_weight, kl_penalty, per_token_loss
 from deltal.algorithm.sketch import Sketcher
 from deltal.config import LearnerConfig
-from deltal.config_algorithm import AlgorithmConfig
+from deltal.config.algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, PackedMicroBatch, pack
 from deltal.learner.head import shard_head
 from deltal.learner.snapshot import Snapshot

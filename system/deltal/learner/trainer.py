@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deltal.config import LearnerConfig, RunConfig
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 from deltal.learner import rng
 from deltal.learner.batch import assemble, coefficients, mini_batches
 from deltal.learner.checkpoint import Checkpoints

@@ -147,7 +147,7 @@ class RolloutWorker:
         """A rank's tensors: out of the object store, or fetched from the rank itself."""
         if "holder" not in shard:
             return shard["tensors"]
-        from deltal.policy_direct import receive
+        from deltal.policy.direct import receive
 
         answer = shard["holder"].open_sender.remote(version)
         address = get_by(answer, seconds=RPC_SECONDS, what=f"a learner rank to offer version {version}")

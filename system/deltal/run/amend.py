@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from deltal.config import RunConfig
-from deltal.config_file import resolve
+from deltal.config.file import resolve
 from deltal.errors import ConfigError
 
 FREE = (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deltal.errors import AddressError, DeadlineError, RunNotFoundError, one_line
-from deltal.run.folder import RunFolder, lock_is_alive
+from deltal.folder import RunFolder, lock_is_alive
 
 RPC_SECONDS = 30.0
 

@@ -29,13 +29,13 @@ from deltal.config import RunConfig
 from deltal.data.cursor import PromptCursor
 from deltal.data.datasets import load_prompts
 from deltal.errors import DeadlineError, DeltalError, UserError
+from deltal.folder import RunFolder
 from deltal.learner.actor import prepare_model
 from deltal.monitor.http import live_app, serve_app
+from deltal.results.report import write_report
 from deltal.run.admission import open_slots
 from deltal.run.evaluation import Evaluation
-from deltal.run.folder import RunFolder
 from deltal.run.observer import Observer
-from deltal.run.report import write_report
 from deltal.run.supervisor import Supervisor, answer
 from deltal.types import GroupId, Prompt, RolloutRequest, ScoredGroup
 

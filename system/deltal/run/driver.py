@@ -21,9 +21,9 @@ import ray
 
 from deltal.config import RunConfig
 from deltal.errors import ActorLostError, AddressError, DeadlineError, one_line
+from deltal.folder import FolderLock, RunFolder
+from deltal.plan.plan import Plan
 from deltal.run.controller import Controller
-from deltal.run.folder import FolderLock, RunFolder
-from deltal.run.plan import Plan
 
 NAMESPACE = "deltal"
 GIB = 2**30

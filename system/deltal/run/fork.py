@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deltal.config import HfModel, RunConfig
 from deltal.errors import UserError
-from deltal.run.evaluation import best_of
-from deltal.run.folder import RunFolder
+from deltal.folder import RunFolder
+from deltal.results.statistics import best_of
 
 START = "start"
 """Folder in the new run's that holds the weights it begins from."""

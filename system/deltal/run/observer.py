@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from deltal.config import RunConfig
+from deltal.folder import RunFolder
 from deltal.monitor.metrics import ControllerMetrics
-from deltal.run.evaluation import Evaluation, best_of, paired_gain
-from deltal.run.folder import RunFolder
-from deltal.run.rows import last_rows
+from deltal.results.rows import last_rows
+from deltal.results.statistics import best_of, paired_gain
+from deltal.run.evaluation import Evaluation
 from deltal.run.supervisor import Supervisor
 
 STATES = ("starting", "evaluating", "training", "paused", "stopping", "exporting", "stopped", "done", "failed")

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deltal.run.rows import MISSING, Row, at, column, last_rows, number, show, show_interval
+from deltal.results.rows import MISSING, Row, at, column, last_rows, number, show, show_interval
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_STEPS = 40

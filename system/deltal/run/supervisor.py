@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deltal.config import RunConfig
 from deltal.errors import ActorLostError, DeltalError, ResourceError, one_line
 from deltal.learner.actor import LearnerRank
-from deltal.policy import PolicyStore
+from deltal.policy.store import PolicyStore
 from deltal.queues.object_queue import ObjectQueue
 from deltal.replay.actor import ReplayActor
 from deltal.rollout.actor import RolloutWorker

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from deltal.run.folder import RunFolder
+from deltal.folder import RunFolder
 from deltal.run.progress import before_after_table, render
 
 Status = dict[str, Any]

@@ -18,7 +18,7 @@ from deltal.monitor.metrics import VerifyMetrics
 from deltal.queues.object_queue import get_by
 from deltal.types import Group, Lease, ScoredGroup, Verdict
 from deltal.verify.judge import judge
-from deltal.verify.sandbox import SandboxPool
+from deltal.verify.sandbox.pool import SandboxPool
 
 RPC_SECONDS = 60.0
 

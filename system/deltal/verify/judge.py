@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from deltal.config import VerifyConfig
 from deltal.types import Group, Verdict
-from deltal.verify.overlong import punished, unjudged
-from deltal.verify.sandbox import SandboxPool
+from deltal.verify.sandbox.pool import SandboxPool
+from deltal.verify.tasks.overlong import punished, unjudged
 
 
 def judge(pool: SandboxPool, group: Group, settings: VerifyConfig, *, limit: int) -> list[Verdict]:

@@ -17,15 +17,15 @@ from typing import Any
 
 from deltal.errors import DataError
 from deltal.types import Prompt, Response, Verdict
-from deltal.verify.answers import Finding
-from deltal.verify.code import code
-from deltal.verify.countdown import countdown
-from deltal.verify.isolation import is_sandboxed
-from deltal.verify.letters import letters
-from deltal.verify.math import math
-from deltal.verify.numbers import gsm8k, largest
-from deltal.verify.reasoning import reasoning_gym
-from deltal.verify.sandbox import SandboxPool
+from deltal.verify.sandbox.isolation import is_sandboxed
+from deltal.verify.sandbox.pool import SandboxPool
+from deltal.verify.tasks.answers import Finding
+from deltal.verify.tasks.code import code
+from deltal.verify.tasks.countdown import countdown
+from deltal.verify.tasks.letters import letters
+from deltal.verify.tasks.math import math
+from deltal.verify.tasks.numbers import gsm8k, largest
+from deltal.verify.tasks.reasoning import reasoning_gym
 
 Judge = Callable[[str, Mapping[str, Any], str], Finding]
 
@@ -114,7 +114,7 @@ def verify(prompt: Prompt | Mapping[str, Any], response: Response | str) -> Verd
     if find(asked.task).in_sandbox and not is_sandboxed():
         with _pool_lock:
             return _own_pool().verify_many([(asked, text)])[0]
-    from deltal.verify.messages import request_fields
+    from deltal.verify.sandbox.messages import request_fields
 
     return judge(asked.task, asked.answer, request_fields(asked), text)
 

@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 from deltal.config import RunConfig
-from deltal.config_file import resolve
+from deltal.config.file import resolve
 from deltal.errors import ConfigError, RunInUseError, RunNotFoundError, UserError, one_line
 
 MISSED_BEATS = 10

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltal.errors import DataError
-from deltal.verify.answers import Finding, final_part, needed
-from deltal.verify.sandbox import run_program
+from deltal.verify.sandbox.pool import run_program
+from deltal.verify.tasks.answers import Finding, final_part, needed
 
 FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 LONGEST = 100_000

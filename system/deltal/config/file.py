@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from deltal.config import RunConfig
+from deltal.config.run import RunConfig
 from deltal.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from deltal.errors import DataError
-from deltal.verify.answers import DIGITS, NUMBER, PLAIN_NUMBER, Finding, compared, exact, final_part, last_box
+from deltal.verify.tasks.answers import DIGITS, NUMBER, PLAIN_NUMBER, Finding, compared, exact, final_part, last_box
 
 GSM8K_MARK = re.compile(r"####\s*\$?\s*([+-]?[0-9][0-9,]{0,200}(?:\.[0-9]+)?)")
 FRACTION = re.compile(r"\s*([+-]?[0-9]+)\s*/\s*([0-9]+)\s*")

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from deltal.errors import DataError
-from deltal.verify.answers import Finding, compared, final_part, last_box, last_line, last_tag, needed
+from deltal.verify.tasks.answers import Finding, compared, final_part, last_box, last_line, last_tag, needed
 
 LONGEST = 300
 """Characters of an expression; nesting is bounded by it too."""

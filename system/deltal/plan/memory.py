@@ -7,7 +7,7 @@ one forward, b bytes a number.
 from __future__ import annotations
 
 from deltal.config import ModelShape, RunConfig
-from deltal.config_lora import Lora
+from deltal.config.lora import Lora
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_ROWS = 128

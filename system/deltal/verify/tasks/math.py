@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deltal.verify.answers import Finding, compared, final_part, last_box
+from deltal.verify.tasks.answers import Finding, compared, final_part, last_box
 
 LONGEST = 1000
 """Characters of an answer; the longest gold answer of MATH has 160."""

@@ -1,4 +1,4 @@
-"""The settings of a run: pydantic models, one a room. Unknown keys are errors (`config_file.py` names the nearest).
+"""The settings of a run: pydantic models, one a room. Unknown keys are errors (`file.py` names the nearest).
 
 Choices are unions on `kind`, whose defaults are the vetted setting. This file only declares; it reads nothing.
 """
@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from deltal.config_algorithm import AlgorithmConfig
-from deltal.config_base import Decay, Fraction, NonNegative, Positive, Real, Seed, Settings
-from deltal.config_lora import LoraConfig, NoLora
+from deltal.config.algorithm import AlgorithmConfig
+from deltal.config.base import Decay, Fraction, NonNegative, Positive, Real, Seed, Settings
+from deltal.config.lora import LoraConfig, NoLora
 
 # --- model ---------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from deltal.errors import DataError, DeadlineError, ResourceError
 from deltal.types import Prompt, Verdict
-from deltal.verify.isolation import bubblewrap
-from deltal.verify.messages import Call, FrameReader, to_frame, verdict_of
+from deltal.verify.sandbox.isolation import bubblewrap
+from deltal.verify.sandbox.messages import Call, FrameReader, to_frame, verdict_of
 
 Outcome = Literal["passed", "failed", "timeout", "no sandbox"]
 Isolation = Literal["bwrap", "namespaces", "none"]
@@ -38,7 +38,7 @@ START_SECONDS = 120.0
 TRIES = 3
 """How often an item is given to a process before the death of each counts as its own; likewise failed starts."""
 
-PACKAGE_ROOT = Path(__file__).parents[2]
+PACKAGE_ROOT = Path(__file__).parents[3]
 ISOLATION_SCRIPT = Path(__file__).with_name("isolation.py")
 
 
@@ -141,7 +141,15 @@ class _Worker:
 
     def __init__(self, timeout: float, memory_mib: int) -> None:
         kind = isolation_kind()
-        arguments = [sys.executable, "-P", "-m", "deltal.verify.worker", kind, str(memory_mib), str(os.getpid())]
+        arguments = [
+            sys.executable,
+            "-P",
+            "-m",
+            "deltal.verify.sandbox.worker",
+            kind,
+            str(memory_mib),
+            str(os.getpid()),
+        ]
         wrapper = bubblewrap() if kind == "bwrap" else []
         self.process = _start([*wrapper, *arguments, str(timeout)], stderr=subprocess.PIPE)
         self.state: Literal["starting", "idle", "given", "judging"] = "starting"

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from deltal.run.rows import Row, at, column, interval, items, number
+from deltal.results.rows import Row, at, column, interval, items, number
 
 PHASES = ("wait", "assemble", "forward_backward", "optimizer", "instrument", "publish", "checkpoint")
 EXPONENTS = {"dr_grpo": 0.0, "dapo": 0.0, "sequence_sum": 0.0, "grpo": 1.0}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deltal.config_base import Positive, Real, Settings
+from deltal.config.base import Positive, Real, Settings
 
 
 class NoLora(Settings):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from deltal.run.machine import SHARED_MEMORY, gpu_devices, machine
+from deltal.plan.machine import SHARED_MEMORY, gpu_devices, machine
 
 ADDRESS_DEADLINE = 5.0
 """Seconds a cluster has to answer."""
@@ -151,7 +151,7 @@ def _ports() -> Finding:
 
 def _sandbox() -> Finding:
     """What really isolates verifying processes here; the verify room starts one to find out."""
-    from deltal.verify.sandbox import isolation_kind  # here: a broken room must not keep the doctor from coming
+    from deltal.verify.sandbox.pool import isolation_kind  # here: a broken room must not keep the doctor from coming
 
     kind = isolation_kind()
     if kind == "none":

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from deltal.config import DataConfig, JsonlData, ParquetData, RunConfig
-from deltal.config_file import load_config, resolve
+from deltal.config.file import load_config, resolve
 from deltal.data.chat import Chat
 from deltal.errors import RunNotFoundError, UserError
+from deltal.folder import RunFolder
+from deltal.plan.model_folder import check_model_folder
+from deltal.results.statistics import mean_interval, pass_at
 from deltal.rollout.engine import Sampling
-from deltal.run.evaluation import mean_interval, pass_at
-from deltal.run.folder import RunFolder
-from deltal.run.model_folder import check_model_folder
 from deltal.types import Group, GroupId, Prompt, Response, ScoredGroup, Span
 from deltal.verify.judge import judge
-from deltal.verify.sandbox import SandboxPool
+from deltal.verify.sandbox.pool import SandboxPool
 
 
 def sample(

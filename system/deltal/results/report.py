@@ -9,8 +9,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from deltal.run import charts
-from deltal.run.rows import MISSING, Row, at, items, last_rows, number, show, show_interval
+from deltal.results import charts
+from deltal.results.rows import MISSING, Row, at, items, last_rows, number, show, show_interval
 
 __all__ = ["last_rows", "write_report"]
 

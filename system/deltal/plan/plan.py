@@ -11,9 +11,9 @@ from rich.text import Text
 
 from deltal.config import LearnerConfig, ModelShape, RolloutConfig, RunConfig
 from deltal.errors import ResourceError
-from deltal.run import memory
-from deltal.run.machine import GIB, Machine, machine
-from deltal.run.model_folder import check_model_folder, model_shape
+from deltal.plan import memory
+from deltal.plan.machine import GIB, Machine, machine
+from deltal.plan.model_folder import check_model_folder, model_shape
 
 __all__ = ["ActorPlan", "Machine", "Plan", "check", "check_model_folder", "machine", "plan"]
 

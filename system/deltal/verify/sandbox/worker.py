@@ -1,4 +1,4 @@
-"""One verifying process: `python -P -m deltal.verify.worker ISOLATION MEMORY_MIB PARENT TIMEOUT`, as a pool starts it.
+"""One verifying process: `python -m deltal.verify.sandbox.worker ISOLATION MEMORY_MIB PARENT TIMEOUT`, by a pool.
 
 It confines itself before it imports anything large, then answers requests until its pipe is closed. A task that
 evaluates the response's text is judged in a fork of its own, so that nothing it patches reaches the next item.
@@ -10,8 +10,8 @@ import os
 import sys
 from typing import Any
 
-from deltal.verify import isolation
-from deltal.verify.messages import read_frame, write_frame
+from deltal.verify.sandbox import isolation
+from deltal.verify.sandbox.messages import read_frame, write_frame
 
 
 def main() -> None:

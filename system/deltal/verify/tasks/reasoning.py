@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltal.errors import DataError
-from deltal.verify.answers import NUMBER, Finding, final_part, last_box, last_line, last_tag, needed
-from deltal.verify.isolation import is_sandboxed
+from deltal.verify.sandbox.isolation import is_sandboxed
+from deltal.verify.tasks.answers import NUMBER, Finding, final_part, last_box, last_line, last_tag, needed
 
 LONGEST = 20_000
 """Characters of an answer handed to a scoring function."""

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from deltal.errors import UserError
+from deltal.folder import RunFolder
 from deltal.learner.redo import Redone, redo
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
-from deltal.run.folder import RunFolder
-from deltal.run.rows import number, show
+from deltal.results.rows import number, show
 from deltal.types import Batch, ScoredGroup
 
 EQUAL_WITHIN = 1e-5

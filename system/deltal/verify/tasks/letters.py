@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deltal.verify.answers import Finding
+from deltal.verify.tasks.answers import Finding
 
 
 def letters(answer: str, fields: Mapping[str, Any], text: str) -> Finding:

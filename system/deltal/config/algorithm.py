@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from deltal.config_base import NonNegative, Positive, Real, Settings
+from deltal.config.base import NonNegative, Positive, Real, Settings
 
 
 def _alpha(value: object) -> float | Literal["auto"]:

@@ -1,0 +1,43 @@
+"""Settings: pydantic models, one a room (`run`), and how they are read from a file (`file`)."""
+
+from deltal.config.run import (
+    ChatConfig,
+    DataConfig,
+    EvaluationConfig,
+    GeneratedData,
+    GgufPackageModel,
+    HfData,
+    HfModel,
+    JsonlData,
+    LearnerConfig,
+    ModelConfig,
+    ModelShape,
+    ParquetData,
+    RandomModel,
+    ReasoningGymData,
+    ReplayConfig,
+    RolloutConfig,
+    RunConfig,
+    VerifyConfig,
+)
+
+__all__ = [
+    "ChatConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GeneratedData",
+    "GgufPackageModel",
+    "HfData",
+    "HfModel",
+    "JsonlData",
+    "LearnerConfig",
+    "ModelConfig",
+    "ModelShape",
+    "ParquetData",
+    "RandomModel",
+    "ReasoningGymData",
+    "ReplayConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "VerifyConfig",
+]
