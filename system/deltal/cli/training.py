@@ -34,6 +34,7 @@ def train(
 ) -> None:
     """Train a model: [bold]deltal train configs/demo.yaml learner.learning_rate=1e-5[/]."""
     from deltal.folder import RunFolder, runs_root
+    from deltal.plan.inputs import check_inputs
     from deltal.plan.machine import machine, named_gpus
     from deltal.plan.plan import plan
     from deltal.run import fork
@@ -43,7 +44,7 @@ def train(
     if source is not None:
         settings = fork.planned(settings, source)
     if dry_run:
-        unseen = _check(settings, local=False, hub=False)
+        unseen = check_inputs(settings, hub=False)
         planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
         problems = planned.problems(available)
         if as_json:
@@ -146,32 +147,14 @@ def _placed(settings: RunConfig) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def _check(settings: RunConfig, *, local: bool, hub: bool = True) -> list[str]:
-    """What can be known to be wrong before anything starts. Raises a UserError.
-
-    Returns what was not looked at: names of hub models, and without `hub` names of hub data sets.
-    """
-    from deltal.data.chat import check_template
-    from deltal.data.datasets import load_prompts
-    from deltal.plan.model_folder import check_model_folder
+def _check(settings: RunConfig, *, local: bool) -> None:
+    """What can be known to be wrong before anything starts. Raises a UserError."""
+    from deltal.plan.inputs import check_inputs
     from deltal.plan.plan import check, machine
-    from deltal.verify.registry import find
 
-    unseen = []
-    check_template(settings.chat)
-    if settings.model.kind == "hf":
-        check_model_folder(settings.model.path)
-        if not Path(settings.model.path).expanduser().exists():
-            unseen.append(f"model {settings.model.path}")
-    for data in (settings.data, settings.evaluation.data):
-        if data is not None and data.kind == "hf" and not hub and not Path(data.name).exists():
-            unseen.append(f"data set {data.name}")
-        elif data is not None:
-            for task in {prompt.task for prompt in load_prompts(data)}:
-                find(task)
+    check_inputs(settings)
     if local:
         check(settings, machine())
-    return unseen
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:

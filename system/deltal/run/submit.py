@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deltal.config import RunConfig
@@ -25,7 +26,7 @@ def submit(config: RunConfig, *, address: str, run: str, environment: dict[str, 
     """
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         line = one_line(error, line=0)
         raise AddressError(f"no Ray cluster takes jobs at {address}: {line}") from None
     with tempfile.TemporaryDirectory(prefix="deltal-job-") as folder:
