@@ -6,10 +6,10 @@ steps during which a checkpoint is written, and a write that has the machine to 
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from deltal.learner.trainer import Trainer
 from tests.bench.rollout import CONFIG
 from tests.bench.sketch import batch_of
 from tests.bench.table import tell
+from tests.ranks import together
 
 RANKS, STEPS = (1, 2), 2
 DEADLINE = 600.0
@@ -46,9 +47,8 @@ def written(trainer: Trainer, meanwhile: Callable[[], Any]) -> dict[str, Any]:
     return told[0]  # type: ignore[no-any-return]
 
 
-def measure(rank: int, ranks: int, folder: str, answer: Any) -> None:
-    """One rank; rank 0 answers with seconds and bytes."""
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meet", ranks), rank=rank, world_size=ranks)
+def measure(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """One rank's seconds and bytes."""
     config = load_config(CONFIG, [f"learner.ranks={ranks}", "learner.threads=1", "rollout.max_response_tokens=128"])
     where = f"{folder}/checkpoints"
     trainer = Trainer(config, prepare(config.model), where)
@@ -68,32 +68,22 @@ def measure(rank: int, ranks: int, folder: str, answer: Any) -> None:
     step()
     trainer.save()
     shared = written(trainer, lambda: beside.append(timed(step)))
-    told |= {
+    return told | {
         "write s": alone["seconds"],
         "GB": alone["bytes"] / 1e9,
         "write beside steps s": shared["seconds"],
         "step beside a write s": float(np.mean(beside)),
         "load s": timed(lambda: Checkpoints(where, keep=9).load(trainer.model, trainer.optimizer)),
     }
-    if rank == 0:
-        answer.put(told)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> None:
     """Measure and tell."""
     prepare(load_config(CONFIG).model)
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as folder:
-            answer = context.Queue()
-            processes = [context.Process(target=measure, args=(rank, ranks, folder, answer)) for rank in range(ranks)]
-            for process in processes:
-                process.start()
-            rows.append(answer.get(timeout=DEADLINE))
-            for process in processes:
-                process.join(DEADLINE)
+            rows.append(together(measure, ranks, ranks, folder, folder=Path(folder), seconds=DEADLINE)[0])
     ratios = {
         f"{row['ranks']} rank(s): {name}, against a step": row[f"{name} s"] / row["step s"]
         for row in rows

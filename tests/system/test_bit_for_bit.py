@@ -1,6 +1,5 @@
 """A learner killed with kill -9 and resumed arrives at the bits of one that was never killed. K processes, no Ray."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
 from deltal.config import RandomModel, RunConfig
 from deltal.config.file import resolve
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer
 from deltal.types import ScoredGroup
+from tests.ranks import together
 from tests.unit.builders import scored
 
 EVERY = 3
@@ -43,9 +44,8 @@ def batch(version: int) -> list[ScoredGroup]:
     ]  # fmt: skip
 
 
-def learn(rank: int, ranks: int, meeting: str, folder: str, until: int, ends: str, target: str) -> None:
+def learn(rank: int, ranks: int, folder: str, until: int, ends: str) -> dict[str, Any]:
     """One rank. `ends`: `in order`, or by kill -9, one step after checkpoint EVERY or while it is being written."""
-    dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
     trainer = Trainer(settings(ranks), prepare(RandomModel()), folder)
     found: dict[str, Any] = {"began_at": trainer.version, "loaded": full(trainer), "losses": {}}
     while trainer.version < until:
@@ -61,11 +61,7 @@ def learn(rank: int, ranks: int, meeting: str, folder: str, until: int, ends: st
             dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
     trainer.finish()
-    found |= {"digest": trainer.share()["whole"], "weights": full(trainer)}
-    if rank == 0:
-        torch.save(found, target)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found | {"digest": trainer.share()["whole"], "weights": full(trainer)}
 
 
 def full(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -78,18 +74,13 @@ def full(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def learner(ranks: int, folder: Path, name: str, until: int, ends: str = "in order") -> dict[str, Any]:
     """K ranks with the checkpoints of `name`, to their end; what rank 0 found, empty when they were killed."""
-    target = folder / f"{name}.found.pt"
-    target.unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
-    meeting = folder / f"{name}-{len(list(folder.iterdir()))}.meet"
-    arguments = (ranks, str(meeting), str(folder / name), until, ends, str(target))
-    processes = [context.Process(target=learn, args=(rank, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == (0 if ends == "in order" else -signal.SIGKILL)
-    return torch.load(target) if target.exists() else {}
+    arguments = (learn, ranks, ranks, str(folder / name), until, ends)
+    if ends == "in order":
+        found: dict[str, Any] = together(*arguments, folder=folder / f"{name}-found")[0]
+        return found
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        together(*arguments, folder=folder / f"{name}-killed")
+    return {}
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -1,16 +1,15 @@
 """K ranks of FSDP2 over gloo compare with a sharded, frozen reference, and give the summed gradient of one rank."""
 
-import multiprocessing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from deltal.config import RandomModel
 from deltal.config.file import resolve
 from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, shard
+from tests.ranks import together
 from tests.system.test_sharding import LIMIT, difference, whole
 from tests.unit.builders import scored
 
@@ -24,10 +23,8 @@ CONFIG = resolve(
 )
 
 
-def step(rank: int, ranks: int, meeting: str, budget: int, target: str) -> None:
-    """One rank's part; rank 0 saves the full gradient and the KL of all ranks."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
+def step(rank: int, ranks: int, budget: int) -> tuple[torch.Tensor, float]:
+    """One rank's part: the full gradient and the KL of all ranks."""
     model, reference = (load(prepare(RandomModel(seed=seed))) for seed in (0, 1))
     model = shard(model, compute_dtype=torch.float32, device="cpu")
     reference = shard(reference.eval().requires_grad_(False), compute_dtype=torch.float32, device="cpu")
@@ -43,24 +40,12 @@ def step(rank: int, ranks: int, meeting: str, budget: int, target: str) -> None:
     gradient = torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
     kl = sums.reduced().reference_kl
     assert all(parameter.grad is None for parameter in reference.parameters())
-    if rank == 0:
-        torch.save((gradient, kl), target)
-    dist.barrier()
-    dist.destroy_process_group()
+    return gradient, kl
 
 
 def step_of(ranks: int, budget: int, folder: Path) -> tuple[torch.Tensor, float]:
-    target = folder / f"{ranks}-{budget}.pt"
-    context = multiprocessing.get_context("spawn")
-    arguments = (ranks, str(folder / f"meet-{target.name}"), budget, str(target))
-    processes = [context.Process(target=step, args=(rank, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
-    made: tuple[torch.Tensor, float] = torch.load(target)
-    return made
+    gradient, kl = together(step, ranks, ranks, budget, folder=folder / f"{ranks}-{budget}")[0]
+    return gradient, kl
 
 
 def test_kl_and_entropy_do_not_depend_on_sharding(tmp_path: Path):

@@ -1,12 +1,10 @@
 """K ranks of FSDP2 over gloo give the summed gradient of one rank and the same update, whatever the token budget."""
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from deltal.algorithm import AGGREGATIONS
 from deltal.config import RandomModel, RunConfig
@@ -16,6 +14,7 @@ from deltal.learner.batch import assemble, mini_batches, pack
 from deltal.learner.lora import adapt, merged, whole
 from deltal.learner.model import load, prepare
 from deltal.learner.step import StepSums, accumulate, shard
+from tests.ranks import together
 from tests.unit.builders import scored
 
 LIMIT = 1e-5
@@ -44,10 +43,8 @@ def settings(method: str) -> RunConfig:
     )
 
 
-def steps(rank: int, ranks: int, meeting: str, model_name: str, cases: list[Case], target: str) -> None:
-    """One rank's part of all cases; rank 0 saves each one's full gradient, and its change of the weights by SGD."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
+def steps(rank: int, ranks: int, model_name: str, cases: list[Case]) -> dict[Case, list[torch.Tensor]]:
+    """One rank's part of all cases; on rank 0 each one's full gradient, and its change of the weights by SGD."""
     model = load(prepare(MODELS[model_name]))
     names = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model_name == "tiny with adapters":
@@ -79,10 +76,7 @@ def steps(rank: int, ranks: int, meeting: str, model_name: str, cases: list[Case
             for parameter, start in zip(trained, own, strict=True):
                 parameter.copy_(start)
         made[method, budget] = [torch.cat([part.flatten() for part in parts]) for parts in (gradient, change)]
-    if rank == 0:
-        torch.save(made, target)
-    dist.barrier()
-    dist.destroy_process_group()
+    return made
 
 
 def put_adapters(model: torch.nn.Module) -> None:
@@ -96,16 +90,9 @@ def put_adapters(model: torch.nn.Module) -> None:
 
 def steps_of(ranks: int, model: str, cases: list[Case], folder: Path) -> dict[Case, list[torch.Tensor]]:
     """Summed gradient and update of each case with `ranks` processes, each as one vector."""
-    target = folder / f"{ranks}.pt"
-    context = multiprocessing.get_context("spawn")
-    arguments = (ranks, str(folder / f"meet-{ranks}"), model, cases, str(target))
-    processes = [context.Process(target=steps, args=(rank, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(540)
-        assert process.exitcode == 0
-    made: dict[Case, list[torch.Tensor]] = torch.load(target)
+    made: dict[Case, list[torch.Tensor]] = together(
+        steps, ranks, ranks, model, cases, folder=folder / str(ranks), seconds=540.0
+    )[0]
     return made
 
 

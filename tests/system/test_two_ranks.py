@@ -1,8 +1,6 @@
 """What two ranks must decide together: to skip, to give a checkpoint up, which one to load. Two processes, no Ray."""
 
-import multiprocessing
 import resource
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from deltal.learner.lora import merged
 from deltal.learner.model import prepare
 from deltal.learner.trainer import Trainer
 from deltal.types import ScoredGroup
+from tests.ranks import together
 from tests.unit.builders import run_config, same_state, scored
 
 RANKS = 2
@@ -120,40 +119,21 @@ def computing(rank: int, folder: str) -> Found:
     return found
 
 
-def rank_of(rank: int, part: Callable[[int, str], Found], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meet", RANKS), rank=rank, world_size=RANKS)
-    torch.save(part(rank, f"{folder}/checkpoints"), f"{folder}/found-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def together(part: Callable[[int, str], Found], folder: Path) -> list[Found]:
+def both(part: Any, folder: Path) -> list[Found]:
     """What both ranks found."""
     prepare(RandomModel())
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=rank_of, args=(rank, part, str(folder))) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(180)
-            assert process.exitcode == 0
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"found-{rank}.pt") for rank in range(RANKS)]
+    return together(part, RANKS, str(folder / "checkpoints"), folder=folder)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path):
-    for found in together(skipping, tmp_path):
+    for found in both(skipping, tmp_path):
         assert found["skipped"] == [True, False]
         assert same_state(found["before"], found["after"])
         assert found["version"] == 3
 
 
 def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(tmp_path: Path):
-    for found in together(failing, tmp_path):
+    for found in both(failing, tmp_path):
         assert "00000002 could not be written" in found["error"]
         assert found["versions"] == [[1], [1, 3, 4]]
         assert found["loaded"] == 3
@@ -164,7 +144,7 @@ def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(tmp_path: P
 
 
 def test_adapters_that_are_sharded_go_on_from_their_checkpoint(tmp_path: Path):
-    for found in together(adapting, tmp_path):
+    for found in both(adapting, tmp_path):
         assert found["loaded"] == 2
         assert same_state(found["before"], found["after"])
         assert not same_state(found["start"], found["after"])
@@ -172,6 +152,6 @@ def test_adapters_that_are_sharded_go_on_from_their_checkpoint(tmp_path: Path):
 
 
 def test_recomputed_activations_and_narrow_types_give_the_same_gradient_under_sharding(tmp_path: Path):
-    for found in together(computing, tmp_path):
+    for found in both(computing, tmp_path):
         assert found["recomputed"] == pytest.approx(found["plain"], rel=1e-5)
         assert found["bfloat16"] == pytest.approx(found["plain"], rel=0.05)

@@ -19,6 +19,7 @@ from deltal.config.run import (
     RolloutConfig,
     RunConfig,
     VerifyConfig,
+    is_wrapped,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "VerifyConfig",
+    "is_wrapped",
 ]

@@ -261,6 +261,11 @@ class LearnerConfig(Settings):
         return self
 
 
+def is_wrapped(ranks: int, compute_dtype: str, *, cpu_offload: bool) -> bool:
+    """Whether FSDP2 wraps the learner's model: one float32 rank has nothing to shard, to cast or to move."""
+    return ranks > 1 or compute_dtype != "float32" or cpu_offload
+
+
 class EvaluationConfig(Settings):
     """Held-out evaluation by the same fleet."""
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 
 from deltal.algorithm import engine_kl, importance_weight, kl_penalty, per_token_loss
 from deltal.algorithm.sketch import Sketcher
-from deltal.config import LearnerConfig
+from deltal.config import LearnerConfig, is_wrapped
 from deltal.config.algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, PackedMicroBatch, pack
 from deltal.learner.head import shard_head
@@ -42,7 +42,7 @@ def shard(
     all weights in every micro-batch. `cpu_offload`: the model is on the CPU and stays there, a layer at a time is on
     the GPU. The process group must exist.
     """
-    if dist.get_world_size() == 1 and compute_dtype == torch.float32 and not cpu_offload:
+    if not is_wrapped(dist.get_world_size(), str(compute_dtype).removeprefix("torch."), cpu_offload=cpu_offload):
         return model
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)

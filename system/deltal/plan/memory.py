@@ -6,7 +6,7 @@ one forward, b bytes a number.
 
 from __future__ import annotations
 
-from deltal.config import ModelShape, RunConfig
+from deltal.config import ModelShape, RunConfig, is_wrapped
 from deltal.config.lora import Lora
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -121,7 +121,7 @@ def learner_work_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     parts["allocator"] = max(0, int(KEPT_BY_ALLOCATOR * parts["activations"]) - reused)
     if config.weights_stay_on_gpu:
         parts["published"] = BYTES[config.rollout.dtype] * parameter_count(shape) // learner.ranks
-    if learner.ranks > 1 or learner.cpu_offload or learner.compute_dtype != "float32":  # FSDP2 wraps it
+    if is_wrapped(learner.ranks, learner.compute_dtype, cpu_offload=learner.cpu_offload):
         parts["gathered layer"] = BYTES[learner.compute_dtype] * largest_unit(shape)
         if config.algorithm.has_reference:  # whose root stays gathered, for it has no backward
             parts["gathered reference"] = BYTES[learner.compute_dtype] * embedding_count(shape)
