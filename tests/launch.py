@@ -1,4 +1,4 @@
-"""Starting real runs from tests: the `deltal` command in a process of its own, as a user would."""
+"""Starting real runs from tests: the `deltal` command in a process of its own, in the environment a user has."""
 
 from __future__ import annotations
 
@@ -16,9 +16,21 @@ from typing import Any
 import psutil
 
 from deltal.folder import RunFolder
-from deltal.run.attach import call
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
+
+
+NAMES = {
+    "ObjectQueue": ("prompt", "rollout"), "ReplayActor": ("replay",), "PolicyStore": ("policy",),
+    "RolloutWorker": ("rollout-0", "rollout-1"), "Verifier": ("verify-0", "verify-1"),
+    "LearnerRank": ("learner-0", "learner-1"),
+}  # fmt: skip
+"""Class of an actor, after which Ray names its process, to the names a run gives to the first of them."""
+
+
+def bare(**more: str) -> dict[str, str]:
+    """What a fresh shell has, wherever the tests run: no setting of the suite's own may hide what users meet."""
+    return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {"COLUMNS": "200"} | more
 
 
 def deltal(*arguments: str, timeout: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +40,7 @@ def deltal(*arguments: str, timeout: float = 120.0, **environment: str) -> subpr
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"COLUMNS": "200"} | environment,
+        env=bare(**environment),
         check=False,
     )
 
@@ -51,7 +63,7 @@ class LiveRun:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"DELTAL_RUNS": str(root), "COLUMNS": "200"},
+                env=bare(DELTAL_RUNS=str(root)),
                 start_new_session=True,
             )
 
@@ -111,8 +123,15 @@ class LiveRun:
         return self.folder.rows("metrics.jsonl")
 
     def pids(self) -> dict[str, int]:
-        """Process ids of the run's actors."""
-        return call(self.folder, "pids")  # type: ignore[no-any-return]
+        """Process ids of the run's actors by name, as an operator would find them; those that are up."""
+        found: dict[str, int] = {}
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        for process in sorted(tree, key=lambda process: process.pid):
+            title = " ".join(process.cmdline())
+            kind = next((kind for kind in NAMES if title.startswith(f"ray::{kind}")), None)
+            free = [name for name in NAMES.get(kind or "", ()) if name not in found]
+            found |= {free[0]: process.pid} if free else {}
+        return found
 
     def worker_is_loaded(self, name: str) -> bool:
         """Whether a RolloutWorker has weights, by the metrics Prometheus would read."""

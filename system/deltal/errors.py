@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class DeltalError(Exception):
     """Base of every error deltal raises on purpose: one line that says what, where and what to do."""
@@ -29,6 +31,10 @@ class ModelError(UserError):
 
 class ResourceError(UserError):
     """Memory, shared memory, CPUs or GPUs are too few for what is asked."""
+
+
+class FolderError(UserError):
+    """A folder or file cannot be written: the disk is full, or it is not ours to write."""
 
 
 class RunInUseError(UserError):
@@ -69,6 +75,15 @@ class TransferError(DeltalError):
 
 class ActorLostError(DeltalError):
     """An actor died more often than the supervisor may restart it."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def not_written(path: object, error: OSError) -> FolderError:
+    """The error of a file that could not be written: which, why, and what to do."""
+    advice = "free some space there; a run goes on with `deltal resume`" if error.errno in FULL else "choose another"
+    return FolderError(f"{path} cannot be written: {error.strerror or one_line(error)}; {advice}")
 
 
 def one_line(error: BaseException, *, line: int | None = None) -> str:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 
 from deltal.config import RunConfig
 from deltal.config.file import resolve
-from deltal.errors import ConfigError, RunInUseError, RunNotFoundError, UserError, one_line
+from deltal.errors import ConfigError, FolderError, RunInUseError, RunNotFoundError, UserError, not_written, one_line
 
 MISSED_BEATS = 10
 
@@ -62,8 +62,9 @@ class RunFolder:
         return str(self._path).rstrip("/").rsplit("/", 1)[-1]
 
     def make(self) -> None:
-        """Create the folder."""
-        self._fs.makedirs(self._path, exist_ok=True)
+        """Create the folder. Raises FolderError."""
+        with _writing(self.url):
+            self._fs.makedirs(self._path, exist_ok=True)
 
     def path(self, name: str) -> str:
         """Path or URL of a file in the folder."""
@@ -78,14 +79,18 @@ class RunFolder:
         return bytes(self._fs.cat_file(f"{self._path}/{name}"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace the file as a whole: a reader sees the old one or the new one."""
+        """Replace the file as a whole: a reader sees the old one or the new one. Raises FolderError."""
         target = f"{self._path}/{name}"
-        if not self.is_local:
-            self._fs.pipe_file(target, data)
-            return
-        temporary = Path(f"{target}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(target)
+        with _writing(self.path(name)):
+            if not self.is_local:
+                self._fs.pipe_file(target, data)
+                return
+            temporary = Path(f"{target}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON, None when the file is missing. Raises UserError when it is damaged."""
@@ -99,18 +104,19 @@ class RunFolder:
         self.write(name, json.dumps(_finite(value), indent=1).encode())
 
     def append_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Append JSON lines; on object storage, which has no append, the file is rewritten."""
+        """Append JSON lines; on object storage, which has no append, the file is rewritten. Raises FolderError."""
         data = "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode()
-        if self.is_local:
-            path = Path(f"{self._path}/{name}")
-            with path.open("ab+") as file:
-                # A line cut by a crash must not swallow the next one.
-                if file.tell() and _last_byte(path) != b"\n":
-                    data = b"\n" + data
-                file.write(data)
-        else:
-            old = self.read(name) if self.exists(name) else b""
-            self._fs.pipe_file(f"{self._path}/{name}", old + data)
+        with _writing(self.path(name)):
+            if self.is_local:
+                path = Path(f"{self._path}/{name}")
+                with path.open("ab+") as file:
+                    # A line cut by a crash must not swallow the next one.
+                    if file.tell() and _last_byte(path) != b"\n":
+                        data = b"\n" + data
+                    file.write(data)
+            else:
+                old = self.read(name) if self.exists(name) else b""
+                self._fs.pipe_file(f"{self._path}/{name}", old + data)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All JSON lines of a file; a last line cut by a crash is left out."""
@@ -177,9 +183,11 @@ class FolderLock:
         self._released.set()
         # A heartbeat under way would write the lock again after its release.
         self._beating.join(10.0)
-        held = self._folder.read_json("lock.json") or {}
-        if held.get("id") == self._holder["id"]:
-            self._folder.write_json("lock.json", {})
+        # On a full disk the lock stays: it ends with its process.
+        with contextlib.suppress(FolderError):
+            held = self._folder.read_json("lock.json") or {}
+            if held.get("id") == self._holder["id"]:
+                self._folder.write_json("lock.json", {})
 
     def _refuse_living(self, held: Any) -> None:
         if held and held.get("id") != self._holder["id"] and lock_is_alive(held, self._beat):
@@ -194,7 +202,7 @@ class FolderLock:
     def _renew(self) -> None:
         while not self._released.wait(self._beat):
             # A passing fault of the storage costs a beat, not the lock.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(Exception):
                 held = self._folder.read_json("lock.json") or {}
                 if held.get("id") != self._holder["id"]:
                     self._on_loss()
@@ -212,6 +220,15 @@ def lock_is_alive(held: dict[str, Any] | None, beat: float) -> bool:
         except psutil.NoSuchProcess:
             return False
     return time.time() - float(held.get("at", 0.0)) < MISSED_BEATS * beat
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """A disk that is full or not ours to write is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def _last_byte(path: Path) -> bytes:

@@ -54,7 +54,7 @@ def assert_trained_once(run: LiveRun) -> None:
 )
 def test_a_run_survives_the_deaths_of(victims: tuple[str, ...], tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
+        run.until(lambda: run.summary().get("state") == "training", "training to begin")
         for number, victim in enumerate(victims):
             # A step needs every part: the one before is up again by then.
             run.until_step(2 + 3 * number)
@@ -65,10 +65,10 @@ def test_a_run_survives_the_deaths_of(victims: tuple[str, ...], tmp_path: Path):
 
 def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batches(tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
-        pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
+        run.until(lambda: run.summary().get("state") == "training", "training to begin")
         run.until_step(5)
         before = batches(run)
-        os.kill(pids["learner-0"], signal.SIGKILL)
+        os.kill(run.pids()["learner-0"], signal.SIGKILL)
         run.end()
         assert batches(run)[: len(before)] == before, "recorded batches are redone verbatim"
         assert_trained_once(run)
@@ -84,9 +84,9 @@ def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batche
 
 def test_a_stop_reaches_a_learner_that_is_just_coming_back(tmp_path: Path):
     with LiveRun(tmp_path, "run", *SLOWER) as run:
-        pids = run.until(lambda: run.summary().get("state") == "training" and run.pids(), "all actors to be placed")
+        run.until(lambda: run.summary().get("state") == "training", "training to begin")
         run.until_step(3)
-        os.kill(pids["learner-0"], signal.SIGKILL)
+        os.kill(run.pids()["learner-0"], signal.SIGKILL)
         os.kill(run.process.pid, signal.SIGINT)
         summary = run.end(timeout=150.0)
         assert summary["state"] == "stopped"

@@ -18,7 +18,7 @@ import ray
 from deltal.config.file import load_config
 from deltal.plan.plan import plan
 from deltal.run.driver import cluster as local_cluster
-from tests.launch import TINY, deltal
+from tests.launch import TINY, bare, deltal
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=3",
         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=500000000",
     ]  # fmt: skip
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = bare(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"

@@ -83,6 +83,20 @@ def test_an_address_without_ray_is_named(tmp_path: Path):
     assert "127.0.0.1:1" in refused("submit", TINY, "--address", "http://127.0.0.1:1", DELTAL_RUNS=str(tmp_path))
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    line = refused("train", TINY, "--run", "r", DELTAL_RUNS=str(tmp_path / "file"))
+    assert f"{tmp_path}/file/r cannot be written: Not a directory" in line
+
+
+def test_a_ray_that_cannot_be_started_here_is_told_with_what_to_do(tmp_path: Path):
+    deep = tmp_path / ("a" * 90)
+    deep.mkdir()
+    line = refused("train", TINY, "--run", "r", DELTAL_RUNS=str(tmp_path / "runs"), RAY_TMPDIR=str(deep))
+    assert "a local Ray could not be started" in line
+    assert "set RAY_TMPDIR" in line
+
+
 @pytest.mark.parametrize("verb", ["status", "stop", "resume", "audit", "pause"])
 def test_a_run_that_does_not_exist_is_named(verb: str, tmp_path: Path):
     assert "there is no run nowhere" in refused(verb, "nowhere", DELTAL_RUNS=str(tmp_path))

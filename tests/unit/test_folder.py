@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deltal.errors import RunInUseError, RunNotFoundError
+from deltal.errors import FolderError, RunInUseError, RunNotFoundError
 from deltal.folder import MISSED_BEATS, FolderLock, RunFolder, lock_is_alive, runs_root
 from tests.unit.builders import run_config
 
@@ -215,9 +215,16 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FolderError, match=r"status\.json cannot be written: No space left on device; free some space"):
         folder.write("status.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"], "no half of the new one is left"
     assert folder.read("status.json") == b"old"
+
+
+def test_a_folder_that_is_not_ours_to_write_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="file/run cannot be written: Not a directory; choose another"):
+        RunFolder(str(tmp_path / "file" / "run")).make()
 
 
 def test_a_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import uuid
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltal.errors import JournalError
+from deltal.errors import FolderError, JournalError
 from deltal.replay.journal import MAGIC, Journal, decode, encode
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Opened, Record, Trained
 from tests.unit.builders import gid, same, scored
@@ -218,6 +219,29 @@ def test_leftovers_of_a_crash_are_ignored(folder: str) -> None:
 def test_a_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     written(str(tmp_path), [admitted(0)])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000001-00000000.journal", "000001-00000001.journal"]
+
+
+def test_a_write_that_the_disk_refuses_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.open_writer(0.0)
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(FolderError, match=r"00000001\.journal cannot be written: File too large; free"):
+            journal.write([Issued(tuple(gid(i) for i in range(100)), 0, 0, 100, 0.0)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_policy_version_is_that_of_the_newest_trained_batch(folder: str) -> None:
+    journal = Journal(folder)
+    assert journal.policy_version() == 0
+    journal.open_writer(0.0)
+    journal.write([Trained(0, False), Trained(1, True)])
+    journal.write([Issued((gid(0),), 2, 0, 1, 0.0)])
+    assert Journal(folder).policy_version() == 2
 
 
 def test_groups_are_found_in_the_order_asked_for_after_reopening(folder: str) -> None:

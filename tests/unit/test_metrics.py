@@ -1,10 +1,13 @@
 """Laws of the metrics: every sample says whose it is, names follow the attributes, and the list of names is derived."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
+import deltal
 from deltal.monitor.metrics import (
     ROLES,
     ControllerMetrics,
@@ -24,8 +27,8 @@ PROMISED = {
     "replay": "issued consumed duplicates refused filtered evicted in_flight admitted_waiting policy_version staleness "
     "flush_seconds flush_records",
     "learner": "step steps_skipped loss reward accuracy grad_norm entropy clip_fraction learning_rate "
-    "tokens_per_second response_length grad_clipped logprob_difference_max seconds staleness_max tokens alpha beta "
-    "beta_half_width method_scale method_relative_variance method_cosine method_positive",
+    "tokens_per_second response_length grad_clipped logprob_difference_max logprob_compared seconds staleness_max "
+    "tokens alpha beta beta_half_width method_scale method_relative_variance method_cosine method_positive",
     "policy": "version bytes published waiters",
     "controller": "state workers restarts reconciled evaluation_accuracy open_slots prompts_skipped",
 }
@@ -93,6 +96,35 @@ def test_every_exposed_sample_is_in_the_list_of_names() -> None:
     assert "deltal_replay_evicted_total" in names
     assert "deltal_learner_seconds_bucket" in names
     assert not any(name.endswith("_created") for name in names)
+
+
+def test_a_gauge_is_absent_until_it_is_set_and_when_its_value_is_not_known() -> None:
+    learner = LearnerMetrics("night", "learner-0")
+    name = "deltal_learner_logprob_difference_max"
+    assert name + "{" not in generate_latest(learner.registry).decode()
+    learner.logprob_difference_max.set(0.25)
+    assert f"{name}{{" in generate_latest(learner.registry).decode()
+    learner.logprob_difference_max.set(float("nan"))
+    assert f"{name}{{" not in generate_latest(learner.registry).decode()
+
+
+def test_every_metric_is_set_by_somebody() -> None:
+    """Its attribute, or its name where several are set in a loop, stands in a file outside of the metrics' own."""
+    used: set[str] = set()
+    for file in Path(deltal.__file__).parent.rglob("*.py"):
+        if file.parent.name != "monitor":
+            nodes = list(ast.walk(ast.parse(file.read_text())))
+            used |= {
+                f"{owner}.{node.attr}" for node in nodes if isinstance(node, ast.Attribute)
+                for owner in [getattr(node.value, "attr", getattr(node.value, "id", ""))]
+            }  # fmt: skip
+            used |= {f"metrics.{node.value}" for node in nodes if isinstance(node, ast.Constant)}
+    assert "metrics.observe_variance" in used, "it sets these of the learner:"
+    used |= {f"metrics.{name}" for name in ("alpha", "beta", "beta_half_width")}
+    used |= {f"metrics.method_{name}" for name in ("scale", "relative_variance", "cosine", "positive")}
+    for kind in ROLES:
+        for name in own_metrics(kind("run", "actor")):
+            assert {f"metrics.{name}", f"_metrics.{name}"} & used, f"nobody sets {kind.role}_{name}"
 
 
 def test_process_memory_and_cpu_are_measured_in_base_units() -> None:

@@ -24,6 +24,8 @@ STATUS: dict[str, Any] = {
     "staleness": {"mean": 0.5, "max": 2},
     "queues": {"prompt": {"waiting": 3, "leased": 8}, "rollout": {"waiting": 1, "leased": 2}},
     "workers": {"rollout": 2, "verify": 1, "learner": 1},
+    "pending": {},
+    "error": None,
     "restarts": {"rollout": 1},
     "ledger": {"issued": 72, "consumed": 56, "evicted": 0, "filtered": 1, "in_flight": 15},
     "seconds_left": 3725,
@@ -60,6 +62,21 @@ def test_the_display_says_everything_it_knows() -> None:
         "▂█",
     ):
         assert expected in text, expected
+
+
+def test_workers_without_a_place_are_told_with_what_they_wait_for() -> None:
+    pending = {
+        "rollout": {"count": 7, "needs": {"CPU": 0.5, "GPU": 1.0}, "free": {"CPU": 0.25, "GPU": 1.0}, "seconds": 9.0},
+        "verify": {"count": 1, "needs": {"CPU": 0.05}, "free": {"CPU": 0.25}, "seconds": 1.0},
+    }
+    text = printed(render({**STATUS, "pending": pending}, []))
+    words = " ".join(text.replace("│", "").split())
+    assert "7 rollout wait for CPU 0.500 each, 0.250 free; 1 verify starting" in words
+
+
+def test_a_run_that_failed_says_why() -> None:
+    failed = {**STATUS, "state": "failed", "error": "no verifier for task 'x'"}
+    assert "no verifier for task 'x'" in printed(render(failed, []))
 
 
 @pytest.mark.parametrize("value", [None, NAN, "word", {}, [], 3])

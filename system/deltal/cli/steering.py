@@ -15,6 +15,7 @@ from deltal.errors import DeltalError, UserError
 def status(run: Run, as_json: Json = False) -> None:
     """What a run does now, or how it ended."""
     from deltal.folder import RunFolder
+    from deltal.replay.journal import Journal
     from deltal.run.attach import is_alive
     from deltal.run.progress import render
 
@@ -25,7 +26,11 @@ def status(run: Run, as_json: Json = False) -> None:
         summary["state"] = "killed"
     summary["alive"] = alive
     if not alive:
-        summary["seconds_left"] = None
+        # The summary is as old as the run's last look; what was trained stands in the journal.
+        done = Journal(folder.path("journal")).policy_version()
+        if summary.get("policy_version") != done:
+            summary["ledger"] = None
+        summary |= {"seconds_left": None, "step": done, "steps": done, "policy_version": done}
     if as_json:
         out.print_json(data=summary)
     else:

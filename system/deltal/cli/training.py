@@ -78,14 +78,14 @@ def resume(run: Run, overrides: Overrides = None, address: Address = None, as_js
     Settings that do not change what is trained may change: [bold]deltal resume RUN run.steps=200 learner.ranks=2[/].
     """
     from deltal.folder import RunFolder
+    from deltal.replay.journal import Journal
     from deltal.run.amend import amended
 
     folder = RunFolder.find(run)
     _refuse_if_alive(folder)
-    summary = folder.read_json("summary.json") or {}
-    before, done = folder.config(), int(summary.get("policy_version") or 0)
+    before, done = folder.config(), Journal(folder.path("journal")).policy_version()
     settings = amended(before, overrides or [], done=done)
-    if summary.get("state") == "done" and settings.run.steps <= done:
+    if (folder.read_json("summary.json") or {}).get("state") == "done" and settings.run.steps <= done:
         raise UserError(f"{folder.name} is done; there is nothing to resume (run.steps=N with a larger N goes on)")
     _check(settings, local=address is None)
     if settings != before:

@@ -271,7 +271,9 @@ class LearnerRank:
         metrics.grad_clipped.inc(row["clipped"])
         metrics.tokens.inc(row["trained_tokens"])
         metrics.tokens_per_second.set(row["learner_tokens_per_second"])
-        metrics.logprob_difference_max.set(row["logprob_difference_max"] or 0.0)
+        unknown = float("nan")  # no token of the batch was sampled under the learner's own weights
+        metrics.logprob_difference_max.set(unknown if (found := row["logprob_difference_max"]) is None else found)
+        metrics.logprob_compared.set(row["logprob_compared"])
         for name in ("loss", "reward", "accuracy", "grad_norm", "entropy", "clip_fraction", "learning_rate"):
             getattr(metrics, name).set(row[name])
         metrics.response_length.set(row["response_length"])

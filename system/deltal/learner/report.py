@@ -59,6 +59,7 @@ def step_row(
         "staleness_max": int(max(staleness)),
         "logprob_difference_mean": sums.difference / same if same else None,
         "logprob_difference_max": sums.difference_max if same else None,
+        "logprob_compared": same / tokens,
         "engine_kl": sums.engine_kl / same if same else None,
         "importance_mean": sums.importance / tokens,
         "importance_bounded": sums.bounded / tokens,

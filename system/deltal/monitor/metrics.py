@@ -36,12 +36,12 @@ class RoleRegistry(CollectorRegistry):
         self.labels = labels
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics with the constant labels, without the `_created` series nobody reads."""
+        """All metrics with the constant labels, without the `_created` series nobody reads and what was never set."""
         for metric in super().collect():
             metric.samples = [
                 sample._replace(labels={**self.labels, **sample.labels})
                 for sample in metric.samples
-                if not sample.name.endswith("_created")
+                if not sample.name.endswith("_created") and sample.value == sample.value
             ]
             yield metric
 
@@ -88,7 +88,11 @@ class RoleMetrics:
         return Counter(f"deltal_{self.role}_{name}", what, labels, registry=self.registry)
 
     def _gauge(self, name: str, what: str, labels: Sequence[str] = ()) -> Gauge:
-        return Gauge(f"deltal_{self.role}_{name}", what, labels, registry=self.registry)
+        """Absent until it is set: a 0 that nobody measured would look like a perfect loss or a fresh policy."""
+        gauge = Gauge(f"deltal_{self.role}_{name}", what, labels, registry=self.registry)
+        if not labels:
+            gauge.set(float("nan"))
+        return gauge
 
     def _histogram(self, name: str, what: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(f"deltal_{self.role}_{name}", what, labels, registry=self.registry, buckets=buckets)
@@ -183,6 +187,9 @@ class LearnerMetrics(RoleMetrics):
         self.logprob_difference_max = self._gauge(
             "logprob_difference_max", "Largest |engine - learner| log-probability under equal weights, in nats"
         )
+        self.logprob_compared = self._gauge(
+            "logprob_compared", "Share of the last batch's tokens sampled under equal weights: only those are compared"
+        )
         self.staleness_max = self._gauge("staleness_max", "Largest staleness in the last batch, in versions")
         self.tokens = self._counter("tokens", "Tokens trained on")
         self.steps_skipped = self._counter("steps_skipped", "Steps with a non-finite loss or gradient")
@@ -228,6 +235,7 @@ class PolicyMetrics(RoleMetrics):
         self.version = self._gauge("version", "Newest visible policy version")
         self.bytes = self._gauge("bytes", "Bytes of weights held, all versions")
         self.waiters = self._gauge("waiters", "Workers waiting for a newer version")
+        self.waiters.set(0)
         self.published = self._counter("published", "Versions published")
 
 

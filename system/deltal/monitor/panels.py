@@ -231,10 +231,14 @@ LEARNER = (
     ),
     Chart(
         "Engine–learner difference",
-        "Largest |log-probability difference| under equal weights, in nats. Above 0.01 something is wrong with the "
-        "engine's weights or the temperature.",
+        "Largest |log-probability difference| under equal weights, in nats; above 0.01 something is wrong with the "
+        "engine's weights or the temperature. Not drawn where no token was sampled under the learner's own version: "
+        "see the share compared.",
         "short",
-        (("largest", _now("learner_logprob_difference_max")),),
+        (
+            ("largest", _now("learner_logprob_difference_max")),
+            ("share of tokens compared", _now("learner_logprob_compared")),
+        ),
     ),
     Chart("Learning rate", "Of the last step.", "sci", (("rate", _now("learner_learning_rate")),)),
     Chart(

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from deltal.errors import DeadlineError
+from deltal.errors import DeadlineError, DeltalError
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import QueueMetrics
 from deltal.queues.lease_queue import LeaseQueue
@@ -118,8 +118,20 @@ class ObjectQueue:
 
 
 def get_by(reference: Any, *, seconds: float, what: str) -> Any:
-    """`ray.get` with a deadline and a name. Raises DeadlineError that says what was waited for."""
+    """`ray.get` with a deadline and a name. Raises DeadlineError that says what was waited for, and an error of ours
+    as it was raised at the other end.
+    """
     try:
         return ray.get(reference, timeout=seconds)
+    except ray.exceptions.RayTaskError as error:
+        raise own_cause(error) from None
     except ray.exceptions.GetTimeoutError:
         raise DeadlineError(f"waited {seconds:.0f} s for {what}") from None
+
+
+def own_cause(error: ray.exceptions.RayTaskError) -> BaseException:
+    """The error of ours behind a failed call, in the one line it was raised with; `error` itself for any other."""
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError):
+        cause = cause.cause
+    return cause if isinstance(cause, DeltalError) else error

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from deltal.config import ReplayConfig
-from deltal.errors import DeadlineError, JournalError
+from deltal.errors import DeadlineError, FolderError, JournalError
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import ReplayMetrics
 from deltal.replay.buffer import ReplayBuffer, Waiting
@@ -28,8 +28,13 @@ class ReplayActor:
     ) -> None:
         self._journal = Journal(journal)
         self._buffer = ReplayBuffer(settings, batches=batches)
-        # Opened first: an older writer can then add nothing that is not read here.
-        self._journal.open_writer(time.time())
+        self._broken: FolderError | None = None
+        """Why the journal takes no more records; every call tells it, and the run ends with it."""
+        try:
+            # Opened first: an older writer can then add nothing that is not read here.
+            self._journal.open_writer(time.time())
+        except FolderError as error:
+            self._broken = error
         for record in self._journal.read():
             self._buffer.apply(record)
         self._pending: list[tuple[Record, asyncio.Future[None]]] = []
@@ -49,6 +54,7 @@ class ReplayActor:
 
     async def issue(self, ids: list[GroupId], cursor: tuple[int, int]) -> int:
         """Journal that `ids` exist and where the cursor stands after them; returns the version stamped on them."""
+        self._require_whole()
         record = self._buffer.issue(ids, cursor, at=time.time())
         if record is not None:
             await self._commit(record)
@@ -56,12 +62,15 @@ class ReplayActor:
 
     async def admit(self, groups: list[ScoredGroup]) -> list[Receipt]:
         """Admit scored groups, each once; the receipts say what became of them."""
-        receipts, records = [], []
+        self._require_whole()
+        receipts, records, refused = [], [], self._buffer.refused
         for scored in groups:
             receipt, record = self._buffer.admit(scored)
             receipts.append(receipt)
             if record is not None:
                 records.append(self._commit(record))
+        self._metrics.duplicates.inc(sum(receipt.duplicate for receipt in receipts))
+        self._metrics.refused.inc(self._buffer.refused - refused)
         await asyncio.gather(*records)
         await self._settled()
         return receipts
@@ -70,6 +79,7 @@ class ReplayActor:
         """Batch `version`, the same at each call; `Waiting` when there is none after `wait_seconds`."""
         deadline = time.monotonic() + wait_seconds
         while True:
+            self._require_whole()
             outcome = self._buffer.sample(version)
             if isinstance(outcome, BatchFormed):
                 await self._commit(outcome)
@@ -88,6 +98,7 @@ class ReplayActor:
 
     async def trained(self, version: int, skipped: bool) -> None:
         """Batch `version` is trained and `version + 1` published: its slots are free."""
+        self._require_whole()
         record = self._buffer.trained(version, skipped=skipped)
         if record is not None:
             await self._commit(record)
@@ -107,6 +118,7 @@ class ReplayActor:
 
     async def state(self) -> dict[str, Any]:
         """Ledger counts, versions, cursor and open slots, for the Controller and the learner."""
+        self._require_whole()
         ledger = self._buffer.ledger
         self._metrics.in_flight.set(len(ledger.open))
         self._metrics.admitted_waiting.set(sum(entry.admitted for entry in ledger.open.values()))
@@ -154,6 +166,11 @@ class ReplayActor:
         if self._pending or self._writing:
             waiting = [done for _, done in [*self._writing, *self._pending]]
             await asyncio.wait(waiting, timeout=60.0)
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
     async def _flush(self) -> None:
         """Write pending records, at most `flush_records` a segment, until none is left."""
@@ -167,10 +184,18 @@ class ReplayActor:
             started = time.monotonic()
             try:
                 await asyncio.to_thread(self._journal.write, [record for record, _ in taken])
-            except (JournalError, OSError) as error:
+            except JournalError as error:
                 # Nothing after a lost record may be acked: the process ends, its successor rebuilds from disk.
                 print(f"deltal: the ReplayBuffer stops: {error}", flush=True)  # noqa: T201
                 os._exit(1)
+            except FolderError as error:
+                # A successor would fail alike. The state holds records that are not on disk: it is told no more.
+                self._broken = error
+                for _, done in [*taken, *self._pending]:
+                    if not done.done():
+                        done.set_exception(error)
+                self._pending, self._writing = [], []
+                return
             self._metrics.flush_seconds.observe(time.monotonic() - started)
             self._metrics.flush_records.observe(len(taken))
             for _, done in taken:

@@ -18,8 +18,8 @@ import fsspec
 import msgspec
 import numpy as np
 
-from deltal.errors import JournalError
-from deltal.replay.ledger import Admitted, Opened, Record
+from deltal.errors import JournalError, not_written
+from deltal.replay.ledger import Admitted, Opened, Record, Trained
 from deltal.types import GroupId, ScoredGroup
 
 MAGIC = b"deltal-journal-1\n"
@@ -62,13 +62,12 @@ class Journal:
     """Reads all segments of a folder; writes new ones after `open_writer`.
 
     Args:
-        folder: path or fsspec URL of the journal folder; made when missing.
+        folder: path or fsspec URL of the journal folder; a missing one is an empty journal.
     """
 
     def __init__(self, folder: str) -> None:
         self._fs, self._folder = fsspec.core.url_to_fs(folder)
         self._is_local = "file" in np.atleast_1d(self._fs.protocol)
-        self._fs.makedirs(self._folder, exist_ok=True)
         self._where: dict[GroupId, str] = {}
         self._incarnation = 0
         self._number = 0
@@ -76,6 +75,8 @@ class Journal:
     def segments(self) -> list[str]:
         """Names of all segments in the order they were written."""
         self._fs.invalidate_cache(self._folder)
+        if not self._fs.exists(self._folder):
+            return []
         names = (path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
         return sorted(name for name in names if NAME.match(name))
 
@@ -90,8 +91,23 @@ class Journal:
             last = (incarnation, number)
             yield from self._load(name)
 
+    def policy_version(self) -> int:
+        """Batches trained, by the newest record that tells of one; only segments behind it are read."""
+        for name in reversed(self.segments()):
+            for record in reversed(self._load(name)):
+                if isinstance(record, Trained):
+                    return record.version + 1
+        return 0
+
     def open_writer(self, at: float) -> Opened:
-        """Begin a new incarnation, above all that exist. Returns its first record, already on disk."""
+        """Begin a new incarnation, above all that exist. Returns its first record, already on disk.
+
+        Raises FolderError when the disk does not take it.
+        """
+        try:
+            self._fs.makedirs(self._folder, exist_ok=True)
+        except OSError as error:
+            raise not_written(self._folder, error) from error
         names = self.segments()
         self._incarnation = 1 + (int(names[-1].split("-")[0]) if names else 0)
         self._number = 0
@@ -101,14 +117,17 @@ class Journal:
 
     def write(self, records: list[Record]) -> int:
         """One new segment; on disk when this returns. Returns its size in bytes. Raises JournalError when
-        another writer has begun.
+        another writer has begun, FolderError when the disk does not take it.
         """
         successor = f"{self._folder}/{self._incarnation + 1:06d}-{0:08d}.journal"
         if self._fs.exists(successor):
             raise JournalError(f"{self._folder}: a newer ReplayBuffer writes this journal; this one stops")
         name = f"{self._incarnation:06d}-{self._number:08d}.journal"
         data = encode(records)
-        self._create(f"{self._folder}/{name}", data)
+        try:
+            self._create(f"{self._folder}/{name}", data)
+        except OSError as error:
+            raise not_written(f"{self._folder}/{name}", error) from error
         self._number += 1
         self._remember(name, records)
         return len(data)
@@ -143,17 +162,17 @@ class Journal:
             self._fs.pipe_file(path, data)
             return
         temporary = Path(f"{path}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            # fsync before the ack: an acked group that is not on disk would be lost by a power cut.
-            os.fsync(file.fileno())
         try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                # fsync before the ack: an acked group that is not on disk would be lost by a power cut.
+                os.fsync(file.fileno())
             os.link(temporary, path)
         except FileExistsError:
             raise JournalError(f"{path} exists already: a second ReplayBuffer writes this journal") from None
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)  # The name, too, must survive a power cut.

@@ -27,8 +27,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LEDGER = ("issued", "consumed", "filtered", "evicted", "in_flight")
 
 
-def write_report(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """The page as text. `rows` are metrics.jsonl's, `summary` is summary.json with name, method and evaluations.
+def write_report(rows: list[dict[str, Any]], summary: Row, settings: Row | None = None) -> str:
+    """The page as text. `rows` are metrics.jsonl's, `summary` is summary.json with name, method and evaluations,
+    `settings` those of config.yaml.
 
     Anything may be missing: what is not known is a dash or an empty drawing.
     """
@@ -53,7 +54,7 @@ def write_report(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         "<h2>Seconds by phase</h2>",
         _table(_mapping_rows(summary.get("seconds"), digits=1)),
         "<h2>Settings</h2>",
-        _table(_mapping_rows(summary.get("config"))),
+        _table(_mapping_rows(settings)),
         "</body></html>",
     ]
     return "\n".join(parts)
@@ -101,7 +102,11 @@ def _highlights(rows: list[Row], summary: Row) -> list[tuple[str, ...]]:
         ("tokens a second, rollout", show(at(summary, "tokens_per_second", "rollout"), 1)),
         ("tokens a second, learner", show(at(summary, "tokens_per_second", "learner"), 1)),
         ("steps clipped, skipped, redone", f"{clipped}, {skipped}, {redone} of {len(rows)}"),
-        ("largest engine–learner difference", f"{show(max(differences, default=None))} nats"),
+        (
+            "largest engine–learner difference",
+            f"{show(max(differences, default=None))} nats, known of {len(differences)} of {len(rows)} steps: only "
+            "tokens of the learner's own version are compared",
+        ),
         ("restarts", ", ".join(" ".join(pair) for pair in _mapping_rows(summary.get("restarts"))) or "none"),
         ("prompts skipped", show(summary.get("prompts_skipped"))),
     ]

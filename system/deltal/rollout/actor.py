@@ -218,7 +218,9 @@ class RolloutWorker:
         self._metrics.tokens.inc(written - self._written)
         self._written = written
         self._metrics.step_seconds.observe(self._progress - started)
-        self._metrics.running.set(self._engine.running)
+        waiting = self._engine.waiting
+        self._metrics.running.set(self._engine.running - waiting)
+        self._metrics.waiting.set(waiting)
         for sampled in finished:
             id_text, _, response = sampled.key.rpartition("#")
             opened = self._open[GroupId.parse(id_text)]

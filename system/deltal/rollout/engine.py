@@ -47,6 +47,10 @@ class Engine(Protocol):
     def running(self) -> int:
         """Responses being sampled or waiting."""
 
+    @property
+    def waiting(self) -> int:
+        """Of `running`, those that wait for a place in the engine's batch."""
+
     def add(self, key: str, prompt_tokens: NDArray[np.int32], sampling: Sampling) -> None:
         """Ask for one response."""
 

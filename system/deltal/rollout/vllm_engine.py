@@ -99,6 +99,11 @@ class VllmEngine:
         """Responses being sampled or waiting."""
         return len(self._running)
 
+    @property
+    def waiting(self) -> int:
+        """Of `running`, those that wait for a place in the engine's batch."""
+        return int(self._engine.engine_core.engine_core.scheduler.get_request_counts()[1])
+
     def token_counts(self) -> dict[str, Any]:
         """`written`: tokens sampled so far."""
         return {"written": self._written}

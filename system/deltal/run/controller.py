@@ -28,11 +28,10 @@ import ray
 from deltal.config import RunConfig
 from deltal.data.cursor import PromptCursor
 from deltal.data.datasets import load_prompts
-from deltal.errors import DeadlineError, DeltalError, UserError
+from deltal.errors import DeadlineError, DeltalError, UserError, one_line
 from deltal.folder import RunFolder
 from deltal.learner.actor import prepare_model
 from deltal.monitor.http import live_app, serve_app
-from deltal.results.report import write_report
 from deltal.run.admission import open_slots
 from deltal.run.evaluation import Evaluation
 from deltal.run.observer import Observer
@@ -79,10 +78,8 @@ class Controller:
         except DeltalError as error:
             self._observer.enter("failed")
             outcome = {"error": str(error), "exit_code": error.exit_code}
-        summary = self._observer.write_summary(outcome)
-        report = await asyncio.to_thread(write_report, self._folder.rows("metrics.jsonl"), summary)
-        self._folder.write("report.html", report.encode())
-        return summary
+        await self._observer.look()  # What was trained since the last one, however the run ended.
+        return await asyncio.to_thread(self._observer.last_words, outcome)
 
     async def status(self) -> dict[str, Any]:
         """Facts for the progress display and `deltal status`."""
@@ -159,7 +156,6 @@ class Controller:
             if self._config.run.export and self._folder.is_local:
                 async with self._phase("exporting"):
                     await self._export()
-            await observer.look()
         finally:
             self._is_admitting = False
             for loop in loops:
@@ -380,8 +376,7 @@ class Controller:
         except TimeoutError:
             raise DeadlineError(f"waited in vain for {what}") from None
         except ray.exceptions.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, DeltalError) else UserError(str(cause or error)) from None
+            raise UserError(one_line(error.cause)) from None
 
     def _fail(self, error: BaseException) -> None:
         """End the run with `error`; the first one counts."""

@@ -20,7 +20,7 @@ import psutil
 import ray
 
 from deltal.config import RunConfig
-from deltal.errors import ActorLostError, AddressError, DeadlineError, one_line
+from deltal.errors import FULL, ActorLostError, AddressError, DeadlineError, FolderError, one_line
 from deltal.folder import FolderLock, RunFolder
 from deltal.plan.plan import Plan
 from deltal.run.controller import Controller
@@ -89,13 +89,27 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
         else:
             require_answer(address)
             context = ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "a local Ray could not be started" if address is None else f"no Ray cluster answers at {address}"
-        raise AddressError(f"{where}: {one_line(error, line=0)}") from None
+    except Exception as error:  # Ray raises many kinds, plain Exception among them, for what is wrong with a machine
+        raise AddressError(_no_ray(address, error)) from None
     try:
         yield context.address_info["gcs_address"]
     finally:
         ray.shutdown()
+
+
+def _no_ray(address: str | None, error: Exception) -> str:
+    """Why there is no Ray, and what to do."""
+    why = one_line(error, line=0)
+    if address is not None:
+        return f"no Ray cluster answers at {address}: {why}"
+    advice = "`deltal doctor` looks at this machine"
+    if "AF_UNIX" in why:
+        advice = "the folder for temporary files has too long a name: set RAY_TMPDIR=/tmp"
+    elif "timed out" in why or isinstance(error, TimeoutError):
+        advice = "the machine may be overloaded: try again, or start Ray by `ray start --head` and use --address"
+    elif isinstance(error, OSError) and error.errno in FULL:
+        advice = "the disk for temporary files is full: free some space, or set RAY_TMPDIR to a larger one"
+    return f"a local Ray could not be started: {why}; {advice}"
 
 
 @contextlib.contextmanager
@@ -146,7 +160,8 @@ def _live(
                 summary: dict[str, Any] = ray.get(finished)
                 if is_local:
                     summary["peak_memory_gib"] = peak
-                    folder.write_json("summary.json", summary)
+                    with contextlib.suppress(FolderError):
+                        folder.write_json("summary.json", summary)
                 return summary
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 show(ray.get(controller.status.remote(), timeout=5.0))

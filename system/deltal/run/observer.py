@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from typing import Any
 
 from deltal.config import RunConfig
+from deltal.errors import FolderError
 from deltal.folder import RunFolder
 from deltal.monitor.metrics import ControllerMetrics
+from deltal.results.report import write_report
 from deltal.results.rows import last_rows
 from deltal.results.statistics import best_of, paired_gain
 from deltal.run.evaluation import Evaluation
@@ -36,6 +40,7 @@ class Observer:
         self._replay: dict[str, Any] = {}
         self._workers: dict[str, dict[str, Any]] = {}
         self._learner: dict[str, Any] = {}
+        self._pending: dict[str, dict[str, Any]] = {}
         self._restarts_told: dict[str, int] = {}
         self._skipped_told = 0
         self._looks = 0
@@ -55,22 +60,30 @@ class Observer:
     async def look(self) -> None:
         """Gather queue depths, ledger, workers' figures and, every few looks, the metrics targets."""
         supervisor = self._supervisor
-        if supervisor is None:
+        if supervisor is None or not supervisor.services:
             return
-        ask = supervisor.ask
-        for queue in ("prompt", "rollout"):
-            self._depths[queue] = await ask(supervisor.services[queue].depth.remote()) or {}
-        self._replay = await ask(supervisor.services["replay"].state.remote()) or self._replay
-        for member in list(supervisor.members["rollout"].values()):
-            stats = await ask(member.handle.stats.remote())
-            if stats:
-                self._workers[member.name] = stats
-        for member in list(supervisor.members["learner"].values())[:1]:
-            self._learner = await ask(member.handle.stats.remote()) or self._learner
+        ask, services = supervisor.ask, supervisor.services
+        workers = [member for _, member in supervisor.running("rollout")]
+        learner = [member for _, member in supervisor.running("learner")][:1]
+        depths, replay, stats = await asyncio.gather(
+            asyncio.gather(*(ask(services[queue].depth.remote()) for queue in ("prompt", "rollout"))),
+            ask(services["replay"].state.remote()),
+            asyncio.gather(*(ask(member.handle.stats.remote()) for member in [*learner, *workers])),
+        )
+        self._depths = {queue: depth or {} for queue, depth in zip(("prompt", "rollout"), depths, strict=True)}
+        self._replay = replay or self._replay
+        if learner:
+            self._learner = stats[0] or self._learner
+        told = zip(workers, stats[len(learner) :], strict=True)
+        self._workers |= {member.name: found for member, found in told if found}
+        self._pending = await self._find_pending(supervisor)
         if self._looks % 5 == 0:
             self.targets = await self._find_targets(supervisor)
         if self._looks % 2 == 0:
-            self.write_summary()
+            try:
+                await asyncio.to_thread(self._folder.write_json, "summary.json", self.summary())
+            except FolderError as error:  # It is soft state: what must not be lost ends the run where it is written.
+                self.message = str(error)
         self._looks += 1
         self._export_metrics(supervisor)
 
@@ -127,6 +140,7 @@ class Observer:
             "staleness": {"mean": row.get("staleness_mean"), "max": row.get("staleness_max")},
             "queues": self._depths,
             "workers": {role: self._count(role) for role in ("rollout", "verify", "learner")},
+            "pending": self._pending,
             "restarts": dict(self._supervisor.restarts) if self._supervisor else {},
             "ledger": self._replay.get("counts"),
             "seconds_left": self._seconds_left(),
@@ -138,8 +152,8 @@ class Observer:
             "evaluation": {"done": len(evaluation.results), "of": len(evaluation.requests)} if evaluation else None,
         }  # fmt: skip
 
-    def write_summary(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
-        """summary.json of the run folder (names: contract), rewritten while running; returns it."""
+    def summary(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
+        """summary.json of the run folder (names: contract), rewritten while running."""
         rows = [self._rows[step] for step in sorted(self._rows)]
         gain = interval = None
         before, after = self._last_evaluation("before"), self._last_evaluation("after")
@@ -147,7 +161,7 @@ class Observer:
             gain, interval = paired_gain(before["correct"], after["correct"])
         busy = sum(row["seconds"].get("forward_backward", 0.0) + row["seconds"].get("optimizer", 0.0) for row in rows)
         aggregation = self._config.algorithm.aggregation
-        summary = self.status() | {
+        return self.status() | {
             "steps": self.policy_version,
             "steps_planned": self._config.run.steps,
             "gain": gain,
@@ -165,7 +179,14 @@ class Observer:
             "duplicates": self._replay.get("duplicates"),
             "skipped": self._replay.get("skipped"),
         } | (more or {})  # fmt: skip
-        self._folder.write_json("summary.json", summary)
+
+    def last_words(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        """The summary with the `outcome`, written with report.html as far as the folder takes them."""
+        summary = self.summary(outcome)
+        with contextlib.suppress(FolderError):
+            self._folder.write_json("summary.json", summary)
+            rows, settings = self._folder.rows("metrics.jsonl"), self._config.model_dump(mode="json")
+            self._folder.write("report.html", write_report(rows, summary, settings).encode())
         return summary
 
     def _count(self, role: str) -> int:
@@ -199,14 +220,21 @@ class Observer:
         """Every actor's metrics, as Prometheus' HTTP service discovery wants them."""
         handles = {name: ("queue" if name in ("prompt", "rollout") else name, handle)
                    for name, handle in supervisor.services.items()}  # fmt: skip
-        for role, members in supervisor.members.items():
-            handles |= {member.name: (role, member.handle) for member in members.values()}
+        handles |= {member.name: (role, member.handle) for role, member in supervisor.running()}
+        asked = (supervisor.ask(handle.metrics_port.remote(), 2.0) for _, handle in handles.values())
+        ports = await asyncio.gather(*asked)
         found = [self._target("controller", "controller", self._port)]
-        for name, (role, handle) in handles.items():
-            port = await supervisor.ask(handle.metrics_port.remote(), 2.0)
-            if port:
-                found.append(self._target(role, name, port))
+        found += [self._target(role, name, port) for (name, (role, _)), port in zip(handles.items(), ports, strict=True)
+                  if port]  # fmt: skip
         return found
+
+    async def _find_pending(self, supervisor: Supervisor) -> dict[str, dict[str, Any]]:
+        """Members that have not started, by role, with what is free of what they need: `supervisor.pending`."""
+        pending = supervisor.pending()
+        free = await supervisor.free() if pending else {}
+        for told in pending.values():
+            told["free"] = {resource: free.get(resource, 0.0) for resource in told["needs"]}
+        return pending
 
     def _target(self, role: str, name: str, port: int) -> dict[str, Any]:
         labels = {"run": self._folder.name, "role": role, "actor": name}

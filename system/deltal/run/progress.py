@@ -34,7 +34,7 @@ def render(status: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
     for name, value, remark in _lines(status, counted):
         facts.add_row(Text(name), printable(f"{value:<{VALUE_WIDTH}} {remark}" if remark else value))
     parts: list[RenderableType] = [_bar(status), facts]
-    message = status.get("message")
+    message = status.get("error") or status.get("message")
     if message:
         parts.append(printable(str(message), style="yellow"))
     title = printable(f"deltal {show(status.get('name'))} · {show(status.get('state'))}")
@@ -122,7 +122,7 @@ def _lines(status: Row, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
             said("queues", "rollout", "waiting"),
             f"waiting; {said('queues', 'rollout', 'leased')} leased",
         ),
-        ("workers", _counts(status.get("workers")), ""),
+        ("workers", _counts(status.get("workers")), _pending(status.get("pending"))),
         ("ledger", said("ledger", "issued"), f"issued; {_counts(at(status, 'ledger'), without='issued')}"),
     ]
     restarts = _counts(status.get("restarts"))
@@ -133,6 +133,18 @@ def _lines(status: Row, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     if status.get("address"):
         lines.append(("live page", str(status["address"]), ""))
     return lines
+
+
+def _pending(facts: Any) -> str:
+    """`7 rollout wait for CPU 0.5 each, 0.25 free`; those for whom there is room are only starting."""
+    said = []
+    for role, told in facts.items() if isinstance(facts, Mapping) else ():
+        needs, free = at(told, "needs") or {}, at(told, "free") or {}
+        lacking = [name for name, needed in needs.items() if number(free.get(name)) < number(needed)]
+        who = f"{show(at(told, 'count'))} {role}"
+        wants = ", ".join(f"{name} {show(needs[name])} each, {show(free.get(name))} free" for name in lacking)
+        said.append(f"{who} wait for {wants}" if lacking else f"{who} starting")
+    return "; ".join(said)
 
 
 def _counts(facts: Any, without: str = "") -> str:

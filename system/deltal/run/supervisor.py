@@ -1,6 +1,7 @@
 """The supervisor: creates the actors of a run, watches each, restarts what dies, scales the workers.
 
-A member's life: `placed -> running -> left | died`; a dead RolloutWorker or Verifier is replaced, a dead learner rank
+A member's life: `pending -> running -> left | died`; pending until Ray has found it a place and it has started, for
+which nobody waits: it is asked nothing and told of. A dead RolloutWorker or Verifier is replaced, a dead learner rank
 ends all ranks, which start again together with a new rendezvous.
 """
 
@@ -18,11 +19,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deltal.config import RunConfig
+from deltal.config import LearnerConfig, RolloutConfig, RunConfig, VerifyConfig
 from deltal.errors import ActorLostError, DeltalError, ResourceError, one_line
 from deltal.learner.actor import LearnerRank
 from deltal.policy.store import PolicyStore
-from deltal.queues.object_queue import ObjectQueue
+from deltal.queues.object_queue import ObjectQueue, own_cause
 from deltal.replay.actor import ReplayActor
 from deltal.rollout.actor import RolloutWorker
 from deltal.verify.actor import Verifier
@@ -38,14 +39,27 @@ class Member:
 
     name: str
     handle: Any
+    needs: dict[str, float]
+    """What Ray must find for it: CPU, GPU."""
+    pending: bool = False
+    """It has no place yet, or is starting there."""
     watch: asyncio.Task[None] | None = None
     leaving: bool = False
     born: float = field(default_factory=time.monotonic)
 
 
 async def answer(reference: Any, seconds: float = RPC_SECONDS) -> Any:
-    """Await a Ray reference with a deadline. Raises asyncio.TimeoutError."""
-    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), seconds)
+    """Await a Ray reference with a deadline. Raises asyncio.TimeoutError, and an error of ours as it was raised."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), seconds)
+    except ray.exceptions.RayTaskError as error:
+        raise own_cause(error) from None
+
+
+def _needs(room: RolloutConfig | VerifyConfig | LearnerConfig) -> dict[str, float]:
+    """What Ray must find for one actor of a room."""
+    gpus = getattr(room, "num_gpus", 0.0)
+    return {"CPU": room.num_cpus} | ({"GPU": gpus} if gpus else {})
 
 
 class Supervisor:
@@ -101,8 +115,8 @@ class Supervisor:
         ActorLostError when one dies while it starts.
         """
         settings = self._config.learner
+        bundle = _needs(settings)
         if self._group is None:
-            bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
             self._group = placement_group([bundle] * settings.ranks, strategy="PACK")
             try:
                 await answer(self._group.ready(), settings.rendezvous_deadline)
@@ -141,7 +155,9 @@ class Supervisor:
         except ray.exceptions.RayError as error:
             raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=-1)}") from error
         is_to_stop = any(member.leaving for member in self.members["learner"].values())  # those before these
-        self.members["learner"] = {f"learner-{i}": Member(f"learner-{i}", handle) for i, handle in enumerate(ranks)}
+        self.members["learner"] = {
+            f"learner-{i}": Member(f"learner-{i}", handle, bundle) for i, handle in enumerate(ranks)
+        }
         runs = [handle.run.remote(host, port) for handle in ranks]
         self._learner_watch = asyncio.create_task(self._watch_learner(runs))
         if is_to_stop:
@@ -151,9 +167,13 @@ class Supervisor:
         """Have `count` RolloutWorkers or Verifiers; those that leave finish what they hold first."""
         self.wanted[role] = count
         staying = [member for member in self.members[role].values() if not member.leaving]
-        for member in staying[count:]:
+        # Those without a place go first: they hold nothing.
+        for member in sorted(staying, key=lambda member: member.pending)[count:]:
             member.leaving = True
-            member.handle.stop.remote()
+            if member.pending:
+                ray.kill(member.handle)
+            else:
+                member.handle.stop.remote()
         for _ in range(count - len(staying)):
             self._add(role)
 
@@ -164,29 +184,51 @@ class Supervisor:
             member.handle.stop.remote()
 
     def count(self, role: str) -> int:
-        """Members of a role that are not leaving."""
-        return sum(not member.leaving for member in self.members[role].values())
+        """Members of a role that run and are not leaving."""
+        return sum(not member.leaving and not member.pending for member in self.members[role].values())
+
+    def pending(self) -> dict[str, dict[str, Any]]:
+        """By role: `count` of members that have not started, `needs` of each, `seconds` the longest has waited."""
+        found: dict[str, dict[str, Any]] = {}
+        for role, members in self.members.items():
+            waiting = [member for member in members.values() if member.pending and not member.leaving]
+            if waiting:
+                seconds = time.monotonic() - min(member.born for member in waiting)
+                found[role] = {"count": len(waiting), "needs": waiting[0].needs, "seconds": seconds}
+        return found
+
+    def running(self, *roles: str) -> list[tuple[str, Member]]:
+        """Role and member of all that have started; of all roles when none is named."""
+        chosen = roles or tuple(self.members)
+        return [(role, m) for role in chosen for m in list(self.members[role].values()) if not m.pending]
 
     async def ask(self, reference: Any, seconds: float = 5.0) -> Any:
         """What a member answers; None when it does not within `seconds`, or is gone."""
         try:
             return await answer(reference, seconds)
-        except (TimeoutError, ray.exceptions.RayError):
+        except (TimeoutError, ray.exceptions.RayError, DeltalError):
             return None
+
+    async def free(self) -> dict[str, float]:
+        """What is free in the cluster, by resource; empty when Ray does not tell in time."""
+        try:
+            found: dict[str, float] = await asyncio.wait_for(asyncio.to_thread(ray.available_resources), 5.0)
+            return found
+        except (TimeoutError, ray.exceptions.RayError):
+            return {}
 
     async def pids(self) -> dict[str, int]:
         """Process ids of all actors by name."""
-        handles = dict(self.services)
-        for members in self.members.values():
-            handles |= {member.name: member.handle for member in members.values()}
-        found = {name: await self.ask(handle.pid.remote()) for name, handle in handles.items()}
-        return {name: pid for name, pid in found.items() if pid}
+        handles = self.services | {member.name: member.handle for _, member in self.running()}
+        found = await asyncio.gather(*(self.ask(handle.pid.remote()) for handle in handles.values()))
+        return {name: pid for name, pid in zip(handles, found, strict=True) if pid}
 
     async def end_stuck(self) -> None:
         """End RolloutWorkers whose engine makes no steps: a live process is not a live engine."""
         limit = self._config.rollout.step_deadline
-        for member in list(self.members["rollout"].values()):
-            stats = await self.ask(member.handle.stats.remote())
+        members = [member for _, member in self.running("rollout")]
+        told = await asyncio.gather(*(self.ask(member.handle.stats.remote()) for member in members))
+        for member, stats in zip(members, told, strict=True):
             if stats and stats["stuck_seconds"] > limit:
                 self._say(f"{member.name} made no engine step for {stats['stuck_seconds']:.0f} s and is replaced")
                 ray.kill(member.handle)
@@ -194,7 +236,8 @@ class Supervisor:
     def _add(self, role: str) -> None:
         name = f"{role}-{next(self._numbers[role])}"
         handle = self._rollout_worker(name) if role == "rollout" else self._verifier(name)
-        member = self.members[role][name] = Member(name, handle)
+        needs = _needs(self._config.rollout if role == "rollout" else self._config.verify)
+        member = self.members[role][name] = Member(name, handle, needs, pending=True)
         member.watch = asyncio.create_task(self._watch(role, member))
 
     def _rollout_worker(self, name: str) -> Any:
@@ -228,8 +271,10 @@ class Supervisor:
         )  # fmt: skip
 
     async def _watch(self, role: str, member: Member) -> None:
-        """Wait for a worker's end; replace it unless it was to leave."""
+        """Wait for a worker's start, however long that takes, and for its end; replace it unless it was to leave."""
         try:
+            await asyncio.wrap_future(member.handle.pid.remote().future())
+            member.pending = False
             await asyncio.wrap_future(member.handle.run.remote().future())
             died = None
         except ray.exceptions.RayError as error:
