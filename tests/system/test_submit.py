@@ -33,10 +33,12 @@ def free_port() -> int:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """A Ray head of our own, ended by its process group and not by `ray stop`, which ends every Ray of the machine."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=3",
-        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=500000000",
+        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+        # Its usual port may be that of another Ray on this machine, and jobs would wait for ever.
+        f"--dashboard-agent-listen-port={agent}", "--object-store-memory=500000000",
     ]  # fmt: skip
     environment = bare(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     with (tmp_path / "head.log").open("w") as log:

@@ -105,6 +105,9 @@ def submit(
     """Submit a run as a Ray job, so that it outlives this terminal."""
     import os
 
+    from deltal.run.token import use_token
+
+    use_token()
     from deltal.folder import runs_root
     from deltal.run.submit import follow
     from deltal.run.submit import submit as submit_job
@@ -161,10 +164,13 @@ def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool)
     """Run it, show it, tell the outcome; the error's own exit code when it failed."""
     import os
 
+    from deltal.run.token import use_token
+
     if address is None:
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # Before ray is imported: only this user may join the local Ray.
+        # Before ray is imported: only this user may join the local Ray.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
+        use_token()
     from deltal.plan.plan import plan
     from deltal.run.driver import drive
     from deltal.run.terminal import display, tell_outcome

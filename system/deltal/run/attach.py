@@ -9,6 +9,7 @@ from typing import Any
 
 from deltal.errors import AddressError, DeadlineError, RunNotFoundError, one_line
 from deltal.folder import RunFolder, lock_is_alive
+from deltal.run.token import use_token
 
 RPC_SECONDS = 30.0
 
@@ -30,6 +31,7 @@ def controller(folder: RunFolder) -> Iterator[Any]:
     # Ray reads this once, when it is first imported: the run's cluster asks for the user's token or it does not.
     if place.get("auth"):
         os.environ.setdefault("RAY_AUTH_MODE", place["auth"])
+    use_token()
     import ray
 
     from deltal.run.driver import loopback_kept, require_answer

@@ -15,6 +15,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deltal.config import RunConfig
 from deltal.errors import AddressError, DeadlineError, one_line
+from deltal.run.token import ADVICE, is_refused
 
 START_SECONDS = 60.0
 
@@ -27,8 +28,8 @@ def submit(config: RunConfig, *, address: str, run: str, environment: dict[str, 
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        line = one_line(error, line=0)
-        raise AddressError(f"no Ray cluster takes jobs at {address}: {line}") from None
+        why = ADVICE if is_refused(str(error)) else one_line(error, line=0)
+        raise AddressError(f"no Ray cluster takes jobs at {address}: {why}") from None
     with tempfile.TemporaryDirectory(prefix="deltal-job-") as folder:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (Path(folder) / "config.yaml").write_text(text)
