@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DELTAL := .venv/bin/deltal
 
-.PHONY: install demo test test-all faults variance-demo bench-learner bench-packing bench-rollout bench-sketch bench-checkpoint lint format docs clean
+.PHONY: install demo test test-slow test-all faults variance-demo bench-learner bench-packing bench-rollout bench-sketch bench-checkpoint lint format docs clean
 .DEFAULT_GOAL := install
 
 install: .venv/installed
@@ -26,8 +26,11 @@ test: install
 	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/test_house.py
 	$(PY) -m pytest -m "not slow" tests/system tests/faults
 
-test-all: install
-	$(PY) -m pytest
+# What `make test` leaves out, the quickest first: an hour's limit in CI then cuts off the least.
+test-slow: install
+	$(PY) -m pytest -m slow
+
+test-all: test test-slow
 
 # What each aggregation would do to the demo model's real gradients: table, CSV and PNG in build/variance-demo.
 variance-demo: install

@@ -13,8 +13,9 @@ from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
 from tests.launch import LiveRun, deltal
 
-STEPS, BATCH = 16, 4
-SLOWER = (f"run.steps={STEPS}", "learner.checkpoint_every=4", "evaluation.data=null", "run.export=false")
+STEPS, BATCH = 60, 4
+PLAIN = (f"run.steps={STEPS}", "learner.checkpoint_every=4", "evaluation.data=null", "run.export=false")
+VICTIMS = ("policy", "replay", "rollout-0", "learner-0")
 
 
 def batches(run: LiveRun) -> list[tuple[Any, ...]]:
@@ -32,87 +33,90 @@ def undisturbed(run: LiveRun, folder: Path) -> str:
     return redone.digest
 
 
-def assert_trained_once(run: LiveRun) -> None:
-    """All steps done, each group in one batch record, the ledger holds, and each step has its row."""
-    summary, audit = run.summary(), run.audit()
-    assert summary["state"] == "done"
-    assert summary["policy_version"] == STEPS
-    assert audit["batches"] == STEPS
-    assert audit["counts"]["consumed"] == STEPS * BATCH
-    assert audit["counts"]["in_flight"] == 0
-    named = [id for ids in batches(run) for id in ids]
-    assert len(set(named)) == len(named) == STEPS * BATCH
-    assert sorted({row["step"] for row in run.rows()}) == list(range(1, STEPS + 1))
+def end_each(run: LiveRun, victims: tuple[str, ...]) -> None:
+    """kill -9 of one after the other, each a few steps after the one before: a step needs every part."""
+    run.until(lambda: run.summary().get("state") == "training", "training to begin")
+    for victim in victims:
+        run.until_step(2 + newest(run))
+        os.kill(run.pids()[victim], signal.SIGKILL)
+    run.until_step(2 + newest(run))
 
 
-@pytest.mark.parametrize(
-    "victims",
-    [
-        ("policy", "replay", "rollout-0"),
-        pytest.param(("verify-0", "prompt", "rollout", "learner-0"), marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_survives_the_deaths_of(victims: tuple[str, ...], tmp_path: Path):
-    with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until(lambda: run.summary().get("state") == "training", "training to begin")
-        for number, victim in enumerate(victims):
-            # A step needs every part: the one before is up again by then.
-            run.until_step(2 + 3 * number)
-            os.kill(run.pids()[victim], signal.SIGKILL)
-        run.end()
-        assert_trained_once(run)
+def newest(run: LiveRun) -> int:
+    return max((row["step"] for row in run.rows()), default=0)
 
 
-def test_a_learner_killed_between_step_and_checkpoint_redoes_the_recorded_batches(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until(lambda: run.summary().get("state") == "training", "training to begin")
-        run.until_step(5)
-        before = batches(run)
-        os.kill(run.pids()["learner-0"], signal.SIGKILL)
-        run.end()
-        assert batches(run)[: len(before)] == before, "recorded batches are redone verbatim"
-        assert_trained_once(run)
-        redone = [row for row in run.rows() if row["redone"]]
-        assert redone, "the learner came back from a checkpoint and redid steps"
-        first = {row["step"]: row for row in reversed(run.rows())}
-        for row in redone:
-            # The same weights, batch and number of ranks: the same loss and gradient, to the last bit.
-            assert row["loss"] == first[row["step"]]["loss"]
-            assert row["grad_norm"] == first[row["step"]]["grad_norm"]
-        assert run.rows()[-1]["digest"] == undisturbed(run, tmp_path)
-
-
-def test_a_stop_reaches_a_learner_that_is_just_coming_back(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until(lambda: run.summary().get("state") == "training", "training to begin")
-        run.until_step(3)
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run: each part killed, the Controller, the whole tree; a learner while a stop is asked for; then its end."""
+    root, seen = tmp_path_factory.mktemp("runs"), {}
+    with LiveRun(root, "run", *PLAIN) as run:
+        end_each(run, VICTIMS)
+        seen["restarts"] = run.summary()["restarts"]
+        os.kill(run.controller_pid(), signal.SIGKILL)
+        run.until(lambda: "resuming the run" in run.text(), "the driver to see that the Controller died")
+        run.until_step(2 + newest(run))
+        run.end_everything()
+        seen["before"] = batches(run)
+    with LiveRun(root, "run", verb="resume") as run:
+        run.until_step(2 + newest(run))
         os.kill(run.pids()["learner-0"], signal.SIGKILL)
         os.kill(run.process.pid, signal.SIGINT)
-        summary = run.end(timeout=150.0)
-        assert summary["state"] == "stopped"
-        assert run.audit()["counts"]["consumed"] >= 3 * BATCH
+        seen["stopped"] = run.end(timeout=150.0)
+    with LiveRun(root, "run", verb="resume") as run:
+        seen["done"], seen["audit"] = run.end(), run.audit()
+        seen |= {"rows": run.rows(), "batches": batches(run), "digest": undisturbed(run, root), "root": root}
+    return seen
 
 
-def test_the_driver_resumes_a_run_whose_controller_died(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until_step(4)
-        os.kill(run.controller_pid(), signal.SIGKILL)
-        run.end()
-        assert "resuming the run" in run.text()
-        assert_trained_once(run)
+def assert_trained_once(seen: dict[str, Any]) -> None:
+    """All steps done, each group in one batch record, the ledger holds, and each step has its row."""
+    summary, audit = seen["done"], seen["audit"]
+    assert (summary["state"], summary["policy_version"], audit["batches"]) == ("done", STEPS, STEPS)
+    assert audit["counts"]["consumed"] == STEPS * BATCH
+    assert audit["counts"]["in_flight"] == 0
+    named = [id for ids in seen["batches"] for id in ids]
+    assert len(set(named)) == len(named) == STEPS * BATCH
+    assert sorted({row["step"] for row in seen["rows"]}) == list(range(1, STEPS + 1))
 
 
-def test_a_run_is_resumed_after_everything_was_killed(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *SLOWER) as run:
-        run.until_step(5)
-        run.end_everything()
-        before = batches(run)
-    with LiveRun(tmp_path, "run", verb="resume") as again:
-        again.end()
-        assert batches(again)[: len(before)] == before
-        assert_trained_once(again)
-        assert again.rows()[-1]["digest"] == undisturbed(again, tmp_path), "to the last bit"
-    replayed = deltal("replay", str(tmp_path / "run"), "3", "--json")
+def test_a_run_survives_the_death_of_every_part_and_trains_each_group_once(life: dict[str, Any]):
+    assert life["restarts"] == {"rollout": 1, "learner": 1}, "Ray restarts the others by itself"
+    assert_trained_once(life)
+
+
+def test_recorded_batches_are_redone_verbatim_after_everything_was_killed(life: dict[str, Any]):
+    assert life["batches"][: len(life["before"])] == life["before"]
+
+
+def test_a_redone_step_is_the_same_to_the_last_bit(life: dict[str, Any]):
+    redone = [row for row in life["rows"] if row["redone"]]
+    assert redone, "the learner came back from a checkpoint and redid steps"
+    first = {row["step"]: row for row in reversed(life["rows"])}
+    for row in redone:
+        # The same weights, batch and number of ranks: the same loss and gradient.
+        assert row["loss"] == first[row["step"]]["loss"]
+        assert row["grad_norm"] == first[row["step"]]["grad_norm"]
+
+
+def test_a_run_full_of_deaths_ends_with_the_weights_of_one_without_any(life: dict[str, Any]):
+    assert life["rows"][-1]["digest"] == life["digest"]
+
+
+def test_a_stop_reaches_a_learner_that_is_just_coming_back(life: dict[str, Any]):
+    assert life["stopped"]["state"] == "stopped"
+    assert life["stopped"]["policy_version"] >= len(life["before"]) - 1
+
+
+def test_a_step_is_replayed_from_the_folder_alone_without_any_difference(life: dict[str, Any]):
+    replayed = deltal("replay", str(life["root"] / "run"), "3", "--json")
     assert replayed.returncode == 0, replayed.stderr
-    facts = json.loads(replayed.stdout)
-    assert facts["difference"] == {"loss": 0.0, "grad_norm": 0.0}
+    assert json.loads(replayed.stdout)["difference"] == {"loss": 0.0, "grad_norm": 0.0}
+
+
+@pytest.mark.slow
+def test_a_run_survives_the_deaths_of_its_verifier_and_its_queues(tmp_path: Path):
+    with LiveRun(tmp_path, "run", *PLAIN) as run:
+        end_each(run, ("verify-0", "prompt", "rollout", "learner-0"))
+        seen = {"done": run.end(), "audit": run.audit(), "rows": run.rows(), "batches": batches(run)}
+    assert_trained_once(seen)

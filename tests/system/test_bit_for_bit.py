@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def straight(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
     """Six steps of K ranks that nothing disturbed; they leave a checkpoint of the sixth."""
     return {"ranks": request.param} | learner(request.param, folder, f"straight-{request.param}", 2 * EVERY)
@@ -118,9 +118,9 @@ def test_another_number_of_ranks_resumes_with_the_same_weights(straight: dict[st
     assert same_weights(other["loaded"], straight["weights"])
 
 
-def test_a_kill_while_a_checkpoint_is_written_loses_no_bit(folder: Path):
-    straight = learner(1, folder, "straight", 2 * EVERY)
-    learner(1, folder, "cut", 2 * EVERY, "while written")
-    resumed = learner(1, folder, "cut", 2 * EVERY)
+def test_a_kill_while_a_checkpoint_is_written_loses_no_bit(straight: dict[str, Any], folder: Path):
+    ranks = straight["ranks"]
+    learner(ranks, folder, f"cut-{ranks}", 2 * EVERY, "while written")
+    resumed = learner(ranks, folder, f"cut-{ranks}", 2 * EVERY)
     assert resumed["began_at"] in (0, EVERY), "a half-written checkpoint is none"
     assert same_weights(resumed["weights"], straight["weights"])

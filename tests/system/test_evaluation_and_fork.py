@@ -1,4 +1,6 @@
-"""Evaluation while the learner goes on, the best checkpoint by it, and a run forked from that; two real runs."""
+"""Evaluation while the learner goes on, the best checkpoint by it, and a run forked from that, whose two ranks hand
+their weights to the worker directly; two real runs.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from deltal.folder import RunFolder
 from tests.launch import TINY, LiveRun, deltal
@@ -76,17 +79,22 @@ def test_the_best_is_exported_and_a_fork_begins_from_its_very_weights(parent: di
     assert f"policy version {best} of parent" in exported.stdout
     planned = deltal("train", TINY, "--from", f"{root}/parent:best", "--dry-run", DELTAL_RUNS=str(root))
     assert planned.returncode == 0, planned.stderr
-    with LiveRun(root, "child", "run.steps=3", "evaluation.data=null", "rollout.temperature=0.8", verb="train",
+    direct = ("learner.transport=direct", "learner.ranks=2", "learner.num_cpus=0.25", "rollout.num_cpus=0.25")
+    with LiveRun(root, "child", "run.steps=6", "evaluation.data=null", "rollout.temperature=0.8", *direct,
                  begin_from=f"{root}/parent:best") as child:  # fmt: skip
-        summary = child.end()
-        assert summary["policy_version"] == 3
+        summary, rows = child.end(), child.rows()
+        assert (summary["state"], summary["policy_version"], summary["restarts"]) == ("done", 6, {})
         assert summary["forked_from"] == child.folder.config().run.forked_from == f"parent:{best}"
         assert child.folder.config().rollout.temperature == 0.8
         assert (root / "child/start/model.safetensors").read_bytes() == (root / "best/model.safetensors").read_bytes()
-        first = child.rows()[0]
-        assert first["logprob_difference_max"] < 1e-3, "engine and learner begin from the same weights"
+        assert rows[0]["logprob_difference_max"] < 1e-3, "engine and learner begin from the same weights"
+        agreed = [row["logprob_difference_max"] for row in rows if row["logprob_difference_max"] is not None]
+        assert max(agreed) < 1e-3, "the weights that came from both ranks are the learner's"
+        assert max(row["version"] - row["staleness_max"] for row in rows) > 0, "newer versions were loaded"
+        exported = AutoModelForCausalLM.from_pretrained(child.folder.path("export"))
+        assert exported.num_parameters() > 0, "one of the two ranks writes the export by itself"
         counts = child.audit()["counts"]
-        assert counts["consumed"] == 3 * 4, "the journal is the fork's own"
+        assert counts["consumed"] == 6 * 4, "the journal is the fork's own"
     replayed = deltal("replay", str(root / "child"), "1", "--json")
     assert replayed.returncode == 0, replayed.stderr
     assert json.loads(replayed.stdout)["began_at"] == 0

@@ -116,7 +116,7 @@ def test_a_learner_holds_what_was_planned(name: str, settings: list[str], tmp_pa
     assert planned(config, "learner") == pytest.approx(held, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny"])
+@pytest.mark.parametrize("name", [pytest.param("demo", marks=pytest.mark.slow), "tiny"])
 def test_an_engine_holds_what_was_planned(name: str, tmp_path: Path) -> None:
     config = load_config(str(CONFIGS / f"{name}.yaml"), FEW)
     held = measured(engine, config, tmp_path)

@@ -14,9 +14,8 @@ from tests.unit.test_batch import items_of, mixed_groups, one_by_one, packed
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 5e-5), pytest.param(torch.float64, 1e-5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-5), (torch.float64, 1e-5)])
 @torch.no_grad()
 def test_packed_log_probabilities_of_smollm2_equal_one_forward_a_response(dtype: torch.dtype, limit: float) -> None:
     """Random tokens are unlikely ones: in float32 some are 2e-5 apart by rounding alone, in float64 none is 1e-5.

@@ -102,7 +102,11 @@ def difference(several: torch.Tensor, one: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("model", "methods"),
-    [("tiny", sorted(AGGREGATIONS)), ("tiny with adapters", ["delta_l"]), ("smollm2", ["delta_l"])],
+    [
+        ("tiny", sorted(AGGREGATIONS)),
+        ("tiny with adapters", ["delta_l"]),
+        pytest.param("smollm2", ["delta_l"], marks=pytest.mark.slow),
+    ],
 )
 def test_update_does_not_depend_on_sharding(model: str, methods: list[str], tmp_path: Path):
     prepare(MODELS[model])

@@ -1,71 +1,82 @@
-"""A run stopped in order and resumed, by command and by Ctrl-C, and a learner of two ranks."""
+"""One run's life: two ranks, stopped by command; resumed on one, left in a hurry; resumed again and done."""
 
 import os
 import signal
-from pathlib import Path
+from typing import Any
+
+import pytest
 
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import BatchFormed
 from tests.launch import LiveRun, deltal
 
-STEPS = 24
-PLAIN = (f"run.steps={STEPS}", "learner.checkpoint_every=100", "evaluation.data=null", "run.export=false")
+STEPS, MORE = 60, 61
+PLAIN = (f"run.steps={STEPS}", "learner.checkpoint_every=1000", "evaluation.data=null", "run.export=false")
+TWO_RANKS = ("learner.ranks=2", "learner.num_cpus=0.25", "rollout.num_cpus=0.25")
 
 
-def trained(run: LiveRun) -> list[str]:
-    """Every group named by a batch record, in order."""
-    records = Journal(run.folder.path("journal")).read()
-    return [str(id) for record in records if isinstance(record, BatchFormed) for id in record.ids]
-
-
-def test_a_stopped_run_goes_on_with_nothing_lost_and_nothing_trained_twice(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *PLAIN) as run:
-        run.until(lambda: run.summary().get("state") == "training", "training to begin")
-        run.until_step(1)
-        stopped = deltal("stop", str(tmp_path / "run"))
-        assert stopped.returncode == 0, stopped.stderr
-        summary = run.end()
-        assert summary["state"] == "stopped"
-        at_stop = summary["policy_version"]
-        assert 2 <= at_stop < STEPS
-    with LiveRun(tmp_path, "run", verb="resume") as again:
-        summary = again.end()
-        assert summary["state"] == "done"
-        assert summary["policy_version"] == STEPS
-        named = trained(again)
-        assert len(named) == len(set(named)) == 4 * STEPS
-        assert [row["step"] for row in again.rows()] == list(range(1, STEPS + 1)), "a checkpointed step is not redone"
-        again.audit()
-    refused = deltal("resume", str(tmp_path / "run"))
-    assert refused.returncode == 2
-    assert "nothing to resume" in refused.stderr
-
-
-def test_two_ranks_train_and_one_rank_resumes_their_checkpoint(tmp_path: Path):
-    two = ("learner.ranks=2", "learner.num_cpus=0.25", "rollout.num_cpus=0.25")
-    with LiveRun(tmp_path, "run", *PLAIN, *two) as run:
-        run.until_step(3)
-        os.kill(run.process.pid, signal.SIGINT)
-        summary = run.end()
-        assert summary["state"] == "stopped"
-        assert summary["workers"]["learner"] == 0 or summary["policy_version"] >= 3
-    with LiveRun(tmp_path, "run", "learner.ranks=1", f"run.steps={STEPS + 1}", verb="resume") as again:
-        assert again.end()["policy_version"] == STEPS + 1
-        assert again.folder.config().learner.ranks == 1
-        assert again.folder.exists("config.1.yaml"), "the settings before are kept"
-        named = trained(again)
-        assert len(named) == len(set(named)) == 4 * (STEPS + 1)
-        again.audit()
-
-
-def test_a_second_ctrl_c_leaves_at_once_and_the_run_can_be_resumed(tmp_path: Path):
-    with LiveRun(tmp_path, "run", *PLAIN) as run:
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was seen of the run, from its first step to its last."""
+    root = tmp_path_factory.mktemp("runs")
+    run_path, seen = str(root / "run"), {}
+    with LiveRun(root, "run", *PLAIN, *TWO_RANKS) as run:
         run.until_step(2)
+        seen["stop"] = deltal("stop", run_path)
+        seen["stopped"], seen["text"] = run.end(), run.text()
+        seen["journal"] = Journal(run.folder.path("journal")).policy_version()
+        seen["rows"] = run.rows()
+    seen["status"] = deltal("status", run_path)
+    seen["too few"] = deltal("resume", run_path, f"run.steps={seen['journal'] - 1}")
+    with LiveRun(root, "run", "learner.ranks=1", f"run.steps={MORE}", verb="resume") as run:
+        run.until_step(seen["journal"] + 2)
         os.kill(run.process.pid, signal.SIGINT)
         os.kill(run.process.pid, signal.SIGINT)
-        assert run.process.wait(20) in (0, 130)
-    with LiveRun(tmp_path, "run", verb="resume") as again:
-        assert again.end()["state"] == "done"
-        named = trained(again)
-        assert len(named) == len(set(named)) == 4 * STEPS
-        again.audit()
+        seen["left"] = run.process.wait(20)
+    with LiveRun(root, "run", verb="resume") as run:
+        seen["done"] = run.end()
+        seen["audit"], seen["all rows"], seen["folder"] = run.audit(), run.rows(), run.folder
+    seen["again"] = deltal("resume", run_path)
+    return seen
+
+
+def test_a_stop_says_the_step_that_journal_and_metrics_say(life: dict[str, Any]):
+    assert life["stop"].returncode == 0, life["stop"].stderr
+    at_stop, summary = life["journal"], life["stopped"]
+    assert 2 <= at_stop < STEPS
+    assert (summary["state"], summary["steps"], summary["policy_version"]) == ("stopped", at_stop, at_stop)
+    assert summary["ledger"]["consumed"] == 4 * at_stop
+    assert max(row["step"] for row in life["rows"]) == at_stop
+    assert f"stopped at step {at_stop};" in life["text"]
+    assert f"step {at_stop}/{STEPS}" in life["status"].stdout
+
+
+def test_fewer_steps_than_are_done_are_refused_by_the_journal_s_number(life: dict[str, Any]):
+    assert life["too few"].returncode == 2
+    assert f"is below the {life['journal']} steps that are done" in life["too few"].stderr
+
+
+def test_one_rank_resumes_the_checkpoint_of_two_and_the_settings_before_are_kept(life: dict[str, Any]):
+    assert life["folder"].config().learner.ranks == 1
+    assert life["folder"].exists("config.1.yaml")
+    of_checkpointed = [row["step"] for row in life["all rows"] if row["step"] <= life["journal"]]
+    assert of_checkpointed == list(range(1, life["journal"] + 1)), "a checkpointed step is not redone"
+
+
+def test_a_second_ctrl_c_leaves_at_once(life: dict[str, Any]):
+    assert life["left"] in (0, 130)
+
+
+def test_nothing_is_lost_and_nothing_is_trained_twice(life: dict[str, Any]):
+    assert (life["done"]["state"], life["done"]["policy_version"]) == ("done", MORE)
+    records = Journal(life["folder"].path("journal")).read()
+    named = [str(id) for record in records if isinstance(record, BatchFormed) for id in record.ids]
+    assert len(named) == len(set(named)) == 4 * MORE
+    assert sorted({row["step"] for row in life["all rows"]}) == list(range(1, MORE + 1))
+    assert life["audit"]["counts"]["consumed"] == 4 * MORE
+    assert life["audit"]["violations"] == []
+
+
+def test_a_run_that_is_done_is_not_resumed(life: dict[str, Any]):
+    assert life["again"].returncode == 2
+    assert "nothing to resume" in life["again"].stderr

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deltal.config import RandomModel, RunConfig
-from deltal.errors import LearnerError
+from deltal.errors import FolderError
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.lora import merged
 from deltal.learner.model import prepare
@@ -74,7 +74,7 @@ def failing(rank: int, folder: str) -> Found:
     try:
         trainer.finish()
         error = ""
-    except LearnerError as raised:
+    except FolderError as raised:
         error = str(raised)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     found: Found = {"error": error, "versions": [Checkpoints(folder, keep=9).versions()]}
@@ -119,39 +119,52 @@ def computing(rank: int, folder: str) -> Found:
     return found
 
 
-def both(part: Any, folder: Path) -> list[Found]:
-    """What both ranks found."""
+PARTS = (skipping, failing, adapting, computing)
+
+
+def everything(rank: int, folder: str) -> dict[str, Found]:
+    """All parts, one after the other, in the same two processes."""
+    return {part.__name__: part(rank, f"{folder}/{part.__name__}") for part in PARTS}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
+    """What each of the two ranks found."""
     prepare(RandomModel())
-    return together(part, RANKS, str(folder / "checkpoints"), folder=folder)
+    folder = tmp_path_factory.mktemp("ranks")
+    return together(everything, RANKS, str(folder / "checkpoints"), folder=folder)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path):
-    for found in both(skipping, tmp_path):
-        assert found["skipped"] == [True, False]
-        assert same_state(found["before"], found["after"])
-        assert found["version"] == 3
+Both = list[dict[str, Found]]
 
 
-def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(tmp_path: Path):
-    for found in both(failing, tmp_path):
-        assert "00000002 could not be written" in found["error"]
-        assert found["versions"] == [[1], [1, 3, 4]]
-        assert found["loaded"] == 3
-        assert len(found["passed_over"]) == 1
-        assert "00000004 is damaged" in found["passed_over"][0]
-        assert same_state(found["weights"], found["weights 3"])
-        assert not same_state(found["weights"], found["weights 4"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(found: Both):
+    for skipped in (one["skipping"] for one in found):
+        assert skipped["skipped"] == [True, False]
+        assert same_state(skipped["before"], skipped["after"])
+        assert skipped["version"] == 3
 
 
-def test_adapters_that_are_sharded_go_on_from_their_checkpoint(tmp_path: Path):
-    for found in both(adapting, tmp_path):
-        assert found["loaded"] == 2
-        assert same_state(found["before"], found["after"])
-        assert not same_state(found["start"], found["after"])
-        assert found["figures"][0] == found["figures"][1]
+def test_a_disk_full_for_one_rank_and_a_damaged_shard_are_everyone_s(found: Both):
+    for failed in (one["failing"] for one in found):
+        assert "00000002 cannot be written: File too large; free some space" in failed["error"]
+        assert failed["versions"] == [[1], [1, 3, 4]]
+        assert failed["loaded"] == 3
+        assert len(failed["passed_over"]) == 1
+        assert "00000004 is damaged" in failed["passed_over"][0]
+        assert same_state(failed["weights"], failed["weights 3"])
+        assert not same_state(failed["weights"], failed["weights 4"])
 
 
-def test_recomputed_activations_and_narrow_types_give_the_same_gradient_under_sharding(tmp_path: Path):
-    for found in both(computing, tmp_path):
-        assert found["recomputed"] == pytest.approx(found["plain"], rel=1e-5)
-        assert found["bfloat16"] == pytest.approx(found["plain"], rel=0.05)
+def test_adapters_that_are_sharded_go_on_from_their_checkpoint(found: Both):
+    for adapted in (one["adapting"] for one in found):
+        assert adapted["loaded"] == 2
+        assert same_state(adapted["before"], adapted["after"])
+        assert not same_state(adapted["start"], adapted["after"])
+        assert adapted["figures"][0] == adapted["figures"][1]
+
+
+def test_recomputed_activations_and_narrow_types_give_the_same_gradient_under_sharding(found: Both):
+    for computed in (one["computing"] for one in found):
+        assert computed["recomputed"] == pytest.approx(computed["plain"], rel=1e-5)
+        assert computed["bfloat16"] == pytest.approx(computed["plain"], rel=0.05)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from deltal.errors import DeadlineError, LearnerError, one_line
+from deltal.errors import FULL, DeadlineError, DeltalError, LearnerError, not_written, one_line
 from deltal.learner import rng
 from deltal.learner.checksum import Sums, problem_of, sum_of, summed
 
@@ -73,7 +74,7 @@ class Checkpoints:
         """Copy the state after `version` batches, and write the copy in the background; all ranks call it.
 
         `extra` (JSON values) comes back with `load`. Afterwards older ones than the newest go, but for those in `keep`.
-        Raises LearnerError when the one before, for which it waits, could not be written.
+        Raises as `finished` when the one before, for which it waits, could not be written.
         """
         self.wait()
         if self._group is None:
@@ -97,7 +98,7 @@ class Checkpoints:
     def finished(self) -> dict[str, Any] | None:
         """`version`, `seconds` and `bytes` (of all ranks) of a write that ended since it was last asked for, or None.
 
-        Raises LearnerError in one line when it could not be written; nothing that was complete is lost then.
+        Raises FolderError or LearnerError when it could not be written; nothing that was complete is lost then.
         """
         if self._writing is None or not self._writing[1].done():
             return None
@@ -117,7 +118,7 @@ class Checkpoints:
     def _write(
         self, version: int, state: Any, random: rng.State, mark: dict[str, Any], keep: frozenset[int]
     ) -> dict[str, Any]:
-        """All ranks' threads together. Raises LearnerError on all of them when one fails."""
+        """All ranks' threads together. When one fails, all raise FolderError for a full disk, else LearnerError."""
         where, started = f"{self._path}/{version:08d}", time.monotonic()
         sums: Sums = {}
         told: list[Any] = [None] * dist.get_world_size()
@@ -132,7 +133,7 @@ class Checkpoints:
                 # A full disk needs the space.
                 with contextlib.suppress(Exception):
                     self._remove(version)
-            raise LearnerError(f"checkpoint {where} could not be written: {one_line(error, line=-1)}") from error
+            raise _not_written(where, one_line(error, line=-1)) from error
         with contextlib.suppress(Exception):  # The next one prunes again.
             if dist.get_rank() == 0:
                 self._prune(version, keep)
@@ -272,6 +273,14 @@ class Checkpoints:
 
         url = f"{self._folder}/{version:08d}"
         return FsspecWriter(url) if writing else FsspecReader(url)
+
+
+def _not_written(where: str, why: str) -> DeltalError:
+    """A full disk is the user's to free; what else there is may be anybody's."""
+    for code in FULL:
+        if os.strerror(code) in why:  # torch wraps what each rank met into a text.
+            return not_written(f"checkpoint {where}", OSError(code, os.strerror(code)))
+    return LearnerError(f"checkpoint {where} could not be written: {why}")
 
 
 def _state(
