@@ -56,12 +56,12 @@ def test_template_and_columns_are_settings(tmp_path: Path) -> None:
         ([ROW, "", "[1]"], {}, r"rows\.jsonl:3: a list where a JSON object"),
         (['{"prompt": NaN}'], {}, r"rows\.jsonl:1: no JSON: NaN"),
         (["[" * 100_000], {}, r"rows\.jsonl:1: no JSON"),
-        ([{"prompt": "q"}], {}, r"row 0: no column 'answer'; there are prompt"),
-        ([ROW, {**ROW, "id": "b", "answer": " "}], {}, r"row 1: column 'answer' is empty"),
-        ([{**ROW, "answer": ["4"]}], {}, r"row 0: column 'answer' holds a list"),
-        ([{"prompt": "q", "answer": "1"}], {}, r"row 0 \(and data.task is not set\): no column 'task'"),
-        ([ROW, ROW], {}, r"row 1: id 'a/1' in column 'id' is also that of row 0"),
-        ([ROW], {"template": "{prompt} {hint}"}, r"row 0: template names \{hint\}, which is no column"),
+        ([{"prompt": "q"}], {}, r"rows\.jsonl:1: no column 'answer'; there are prompt"),
+        ([ROW, {**ROW, "id": "b", "answer": " "}], {}, r"rows\.jsonl:2: column 'answer' is empty"),
+        ([{**ROW, "answer": ["4"]}], {}, r"rows\.jsonl:1: column 'answer' holds a list"),
+        ([{"prompt": "q", "answer": "1"}], {}, r"rows\.jsonl:1: no column 'task', and data\.task is not set"),
+        ([ROW, ROW], {}, r"rows\.jsonl:2: id 'a/1' in column 'id' is also that of .*rows\.jsonl:1"),
+        ([ROW], {"template": "{prompt} {hint}"}, r"rows\.jsonl:1: template names \{hint\}, which is no column"),
         ([ROW], {"template": "{prompt.__class__}"}, r"template names \{prompt.__class__\}"),
         ([ROW], {"template": "{tags[0]}"}, r"template names \{tags\[0\]\}"),
         ([ROW], {"template": "{prompt"}, r"cannot be filled"),
@@ -76,7 +76,7 @@ def test_broken_data_is_named(tmp_path: Path, rows: list[Any], settings: dict[st
 def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "\xff"}')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: no JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: no text in UTF-8 \(byte 0xff\)"):
         load_prompts(JsonlData(path=str(file)))
 
 

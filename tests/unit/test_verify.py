@@ -19,6 +19,7 @@ from deltal.types import Response
 from deltal.verify import verify
 from deltal.verify.sandbox.pool import isolation_kind
 from deltal.verify.tasks.answers import final_part, last_box
+from deltal.verify.tasks.exact import normalised
 from deltal.verify.tasks.reasoning import reasoning_gym
 
 isolated = pytest.mark.skipif(isolation_kind() == "none", reason="this machine has neither bubblewrap nor namespaces")
@@ -80,6 +81,126 @@ def test_largest_is_the_last_number(text: str, expected: bool) -> None:
 )
 def test_gsm8k_is_mark_then_box_then_last_number(answer: str, text: str, expected: bool) -> None:
     assert correct("gsm8k", answer, text) is expected
+
+
+PUBLISHED = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = 72.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        (PUBLISHED, "#### 72", True),
+        (PUBLISHED, "#### 24", False),
+        (PUBLISHED, PUBLISHED, True),
+        ("so #### 1,450,000", "1450000", True),
+        ("#### $1,200.50", r"\boxed{1200.5}", True),
+        ("$72", "72", True),
+        ("1,000", "1000", True),
+        ("#### -3 ", "-3", True),
+        ("+7", "7", True),
+    ],
+)
+def test_a_gold_answer_may_be_a_published_solution_or_a_sum_of_money(answer: str, text: str, expected: bool) -> None:
+    assert correct("gsm8k", answer, text) is expected
+
+
+@pytest.mark.parametrize("answer", ["N/A", "2,5", "1,00", "13,12,11", "1e16", "#### ", "#### many", "72 clips", "٣"])
+def test_a_gold_answer_that_is_no_number_is_named_whatever_the_response(answer: str) -> None:
+    for task, text in (("gsm8k", ""), ("gsm8k", answer), ("largest", "none"), ("largest", "7")):
+        with pytest.raises(DataError, match=f"of a {task} prompt is no number"):
+            correct(task, answer, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Paris", True),
+        ("The answer is: Paris.", True),
+        ("**Answer:** paris", True),
+        ("The answer is Paris", True),
+        ("Answer:\n\nParis", True),
+        (r"so \boxed{\text{Paris}}", True),
+        ("<answer> PARIS </answer> I am sure", True),
+        ("It follows.\n#### Paris", True),
+        ("Long story.\n\n  ‘Paris’!  \n", True),
+        ("Ｐａｒｉｓ", True),
+        ("Pa\u200bris", True),
+        ("(Paris)", True),
+        ("It is Paris", False),
+        ("Paris or London", False),
+        ("The answer is not Paris", False),
+        ("Answer: Paris\nAnswer: London", False),
+        ("Paris\nor rather London", False),
+        (r"Paris \boxed{London}", False),
+        (r"Paris \boxed{}", False),
+        (r"\boxed{Paris", False),
+        ("<answer>Paris, London</answer>", False),
+        ("<think>Paris</think>", False),
+        ("<think>Paris", False),
+        ("thoughts</think>Paris", True),
+        ("Parisi", False),
+        ("P a r i s", False),
+        ("sipar", False),
+        ("", False),
+        ("Paris" * 10_000, False),
+        ("answer" + " " * 100_000 + "is", False),
+        ("(" * 2_000 + "Paris" + ")" * 2_000, False),
+    ],
+)
+def test_exact_is_the_gold_answer_and_nothing_beside_it(text: str, expected: bool) -> None:
+    assert correct("exact", "Paris", text) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("New  York", "new york", True),
+        ("Straße", "STRASSE", True),
+        ("Yes.", "yes", True),
+        ("yes", "Yes!", True),
+        ("C++", "C", False),
+        ("C", "C#", False),
+        ("-5", "5", False),
+        (".5", "5", False),
+        ("5!", "5", False),
+        ("0.5", "1/2", False),
+        ("[1]", "1", False),
+        ("f(x)", "f(x)", True),
+        ("(a)(b)", "a)(b", False),
+        ("_x", "x", False),
+        ("50%", "50", False),
+        ("?", "?", True),
+        ("a\nb", "<answer>a\nb</answer>", True),
+        ("szyc", "cyzs", False),
+        ("e\u0301t\u00e9", "\u00e9te\u0301", True),
+    ],
+)
+def test_exact_compares_text_and_not_what_it_stands_for(answer: str, text: str, expected: bool) -> None:
+    assert correct("exact", answer, text) is expected
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_exact_takes_its_own_gold_answer_in_a_tag(answer: str) -> None:
+    if normalised(answer):
+        assert correct("exact", answer, f"<answer>{answer}</answer>") or "<" in answer or "\\" in answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("szyc", r"\boxed{szyc}", True),
+        ("szyc", r"\boxed{cyzs}", False),
+        ("szyc", r"\boxed{s \cdot z \cdot y \cdot c}", False),
+        ("szyc", "The answer is szyc.", True),
+        (r"\text{odd}", r"\boxed{odd}", True),
+        (r"\text{odd}", r"\boxed{\text{ Odd }}", True),
+        (r"\text{odd}", r"\boxed{\text{do} d}", False),
+        (r"\text{two lines}", r"\boxed{two lines}", True),
+        ("xy", r"\boxed{yx}", True),
+    ],
+)
+def test_math_takes_words_as_words_and_letters_as_variables(answer: str, text: str, expected: bool) -> None:
+    assert correct("math", answer, text) is expected
 
 
 @pytest.mark.parametrize(
@@ -290,6 +411,10 @@ def test_a_response_is_taken_as_its_text() -> None:
         ({"task": "gsm8", "answer": "1"}, "no verifier for task 'gsm8'; the nearest is 'gsm8k'"),
         ({"task": "countdown", "answer": "1"}, "needs the field 'nums'"),
         ({"task": "countdown", "answer": "1", "nums": ["x"], "target": 1}, "nums ="),
+        ({"task": "countdown", "answer": "1", "nums": [3.5, 2], "target": 7}, "whole numbers are wanted"),
+        ({"task": "countdown", "answer": "1", "nums": [], "target": 7}, "whole numbers are wanted"),
+        ({"task": "letters", "answer": "7"}, "holds no letter"),
+        ({"task": "exact", "answer": "\u200b"}, "holds nothing to compare"),
         ({"task": "gsm8k", "answer": "many"}, "'many' of a gsm8k prompt is no number"),
         ({"task": "code", "answer": "1"}, "needs the field 'test'"),
         ({"task": "reasoning_gym", "answer": "1"}, "needs the field 'name'"),
@@ -302,7 +427,7 @@ def test_a_prompt_that_cannot_be_judged_is_named(prompt: dict[str, Any], message
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(max_size=200), st.sampled_from(["largest", "gsm8k", "countdown"]))
+@given(st.text(max_size=200), st.sampled_from(["largest", "gsm8k", "countdown", "exact"]))
 def test_no_text_breaks_a_verifier(text: str, task: str) -> None:
     verdict = verify({"task": task, "answer": "7", "nums": [3, 4], "target": 7}, text)
     assert not verdict.reason.startswith("error")

@@ -28,13 +28,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model's accuracy on held-out prompts with vLLM, without Ray."""
-    from deltal.data.datasets import load_prompts
-    from deltal.results.offline import data_source, model_and_settings
     from deltal.results.offline import evaluate as measure
+    from deltal.results.offline import held_out_prompts, model_and_settings
 
     folder, settings = model_and_settings(model, config, overrides or [])
-    source = data_source(data, settings)
-    chosen = load_prompts(source)[: prompts or settings.evaluation.prompts]
+    found, notes = held_out_prompts(data, settings)
+    for note in notes:
+        err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    chosen = found[: prompts or settings.evaluation.prompts]
     with progress_bar("sampling") as advance:
         row = measure(folder, chosen, settings, responses=responses, advance=advance)
     if as_json:
@@ -71,12 +72,14 @@ def variance(
     """Measure what each aggregation would do to a model's real gradients: bias, variance, β."""
     from pathlib import Path
 
-    from deltal.data.datasets import load_prompts
-    from deltal.results.offline import data_source, model_and_settings, sample
+    from deltal.results.offline import held_out_prompts, model_and_settings, sample
     from deltal.results.variance import instrument, table, write
 
     where, settings = model_and_settings(model, config, overrides or [])
-    chosen = load_prompts(data_source(data, settings))[:prompts]
+    found, notes = held_out_prompts(data, settings)
+    for note in notes:
+        err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    chosen = found[:prompts]
     temperature = settings.rollout.temperature
     with progress_bar("sampling") as advance:
         groups = sample(where, chosen, settings, responses=responses, temperature=temperature, advance=advance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from deltal.cli.app import RUNNING, Address, ConfigPath, Json, Overrides, Run, a
 from deltal.config import RunConfig
 from deltal.config.file import load_config
 from deltal.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from deltal.plan.prompts import RunPrompts
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -34,9 +37,7 @@ def train(
 ) -> None:
     """Train a model: [bold]deltal train configs/demo.yaml learner.learning_rate=1e-5[/]."""
     from deltal.folder import RunFolder, runs_root
-    from deltal.plan.inputs import check_inputs
-    from deltal.plan.machine import machine, named_gpus
-    from deltal.plan.plan import plan
+    from deltal.plan.prompts import RECORD
     from deltal.run import fork
 
     settings = _placed(_named(load_config(config, overrides or []), run or None, Path(config).stem))
@@ -44,18 +45,7 @@ def train(
     if source is not None:
         settings = fork.planned(settings, source)
     if dry_run:
-        unseen = check_inputs(settings, hub=False)
-        planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
-        problems = planned.problems(available)
-        if as_json:
-            out.print_json(data={**planned.facts(), "problems": problems, "not_looked_at": unseen})
-            return
-        out.print(planned.table())
-        for problem in problems:
-            out.print(f"[red]does not fit[/] {escape(gpus or 'this machine')}: {escape(problem)}", soft_wrap=True)
-        for name in unseen:
-            out.print(f"not looked at, for it is not on this machine: {escape(name)}", soft_wrap=True)
-        out.print(f"{config} is valid; nothing was started")
+        _plan_only(settings, config, gpus, as_json)
         return
     folder = RunFolder(f"{runs_root(settings)}/{settings.run.name}")
     if folder.exists("config.yaml"):
@@ -63,11 +53,12 @@ def train(
         raise UserError(
             f"{folder.url} holds a run already: `deltal resume {folder.name}`, or choose another --run name"
         )
-    _check(settings, local=address is None)
+    prompts = _check(settings, local=address is None)
     folder.make()
     if source is not None:
         settings = fork.begin(settings, source, folder)
     folder.write_config(settings)
+    folder.write_json(RECORD, prompts.record)
     _drive(settings, folder, address, as_json)
 
 
@@ -87,7 +78,7 @@ def resume(run: Run, overrides: Overrides = None, address: Address = None, as_js
     settings = amended(before, overrides or [], done=done)
     if (folder.read_json("summary.json") or {}).get("state") == "done" and settings.run.steps <= done:
         raise UserError(f"{folder.name} is done; there is nothing to resume (run.steps=N with a larger N goes on)")
-    _check(settings, local=address is None)
+    _check(settings, local=address is None, folder=folder)
     if settings != before:
         folder.replace_config(settings)
     _drive(settings, folder, address, as_json)
@@ -150,14 +141,53 @@ def _placed(settings: RunConfig) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def _check(settings: RunConfig, *, local: bool) -> None:
-    """What can be known to be wrong before anything starts. Raises a UserError."""
+def _plan_only(settings: RunConfig, config: str, gpus: str | None, as_json: bool) -> None:
+    """What --dry-run tells. Raises the UserError of the first input that is wrong."""
+    from deltal.plan.inputs import check_inputs, hub_data
+    from deltal.plan.machine import machine, named_gpus
+    from deltal.plan.plan import plan
+    from deltal.plan.prompts import checked_prompts
+
+    unseen = check_inputs(settings, hub=False)
+    prompts = None if hub_data(settings) else checked_prompts(settings)
+    planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
+    problems, notes = planned.problems(available), prompts.notes if prompts else ()
+    if as_json:
+        told: dict[str, Any] = {"problems": problems, "not_looked_at": unseen, "notes": notes}
+        if prompts:
+            counts = {"train": len(prompts.train), "held_out": len(prompts.held_out), "skipped": prompts.rows_skipped}
+            told |= {"prompts": counts}
+        out.print_json(data={**planned.facts(), **told})
+        return
+    out.print(planned.table())
+    for problem in problems:
+        out.print(f"[red]does not fit[/] {escape(gpus or 'this machine')}: {escape(problem)}", soft_wrap=True)
+    for note in notes:
+        out.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    for name in unseen:
+        out.print(f"not looked at, for it is not on this machine: {escape(name)}", soft_wrap=True)
+    if prompts:
+        out.print(f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out, "
+                  f"{prompts.rows_skipped} rows left out")  # fmt: skip
+    out.print(f"{config} is valid; nothing was started")
+
+
+def _check(settings: RunConfig, *, local: bool, folder: Any = None) -> RunPrompts:
+    """What can be known to be wrong before anything starts; says what is odd. `folder`: of a run that has begun.
+
+    Raises a UserError.
+    """
     from deltal.plan.inputs import check_inputs
     from deltal.plan.plan import check, machine
+    from deltal.plan.prompts import RECORD, checked_prompts
 
     check_inputs(settings)
     if local:
         check(settings, machine())
+    prompts = checked_prompts(settings, known=folder.read_json(RECORD) if folder else None)
+    for note in prompts.notes:
+        err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    return prompts
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:

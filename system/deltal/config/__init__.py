@@ -1,20 +1,24 @@
 """Settings: pydantic models, one a room (`run`), and how they are read from a file (`file`)."""
 
+from deltal.config.data import (
+    DataConfig,
+    GeneratedData,
+    HeldOutConfig,
+    HfData,
+    JsonlData,
+    ParquetData,
+    ReasoningGymData,
+    SplitOff,
+)
 from deltal.config.run import (
     ChatConfig,
-    DataConfig,
     EvaluationConfig,
-    GeneratedData,
     GgufPackageModel,
-    HfData,
     HfModel,
-    JsonlData,
     LearnerConfig,
     ModelConfig,
     ModelShape,
-    ParquetData,
     RandomModel,
-    ReasoningGymData,
     ReplayConfig,
     RolloutConfig,
     RunConfig,
@@ -28,6 +32,7 @@ __all__ = [
     "EvaluationConfig",
     "GeneratedData",
     "GgufPackageModel",
+    "HeldOutConfig",
     "HfData",
     "HfModel",
     "JsonlData",
@@ -40,6 +45,7 @@ __all__ = [
     "ReplayConfig",
     "RolloutConfig",
     "RunConfig",
+    "SplitOff",
     "VerifyConfig",
     "is_wrapped",
 ]

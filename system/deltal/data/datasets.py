@@ -1,126 +1,116 @@
 """Data sets to prompts: every kind of source becomes rows, every row one `Prompt`.
 
-A new kind of source is one function `settings -> rows` and one line in `SOURCES`.
+A new kind of source is one function `settings -> (place, row)` and one line in `SOURCES`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltal.config import DataConfig
+from deltal.data.columns import Row, prompt_of
 from deltal.data.generated import generated_rows
 from deltal.data.reasoning import reasoning_rows
 from deltal.data.sources import hf_rows, jsonl_rows, parquet_rows
 from deltal.errors import DataError
-from deltal.types import Message, Prompt
+from deltal.types import Prompt
 
-Row = Mapping[str, Any]
-
-SOURCES: dict[str, Callable[[Any], Iterator[Row]]] = {
+SOURCES: dict[str, Callable[[Any], Iterator[tuple[str, Row | DataError]]]] = {
     "jsonl": jsonl_rows,
     "parquet": parquet_rows,
     "hf": hf_rows,
     "reasoning_gym": reasoning_rows,
     "generated": generated_rows,
 }
+SHOWN = 10
+"""Problems that a message tells in words; the others are counted."""
+
+
+class Problems:
+    """What is wrong with rows of a data set: how many are broken, and the first few reasons with their places."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._told: dict[str, list[Any]] = {}
+
+    def add(self, place: str, why: str) -> None:
+        """One more broken row."""
+        self.count += 1
+        if why in self._told:
+            self._told[why][1] += 1
+        elif len(self._told) < SHOWN:
+            self._told[why] = [place, 1]
+
+    def __str__(self) -> str:
+        """One line: place and reason of each, rows that share a reason together."""
+        told = [
+            f"{place}: {why}" + (f" (and {rows - 1} more rows like it)" if rows > 1 else "")
+            for why, (place, rows) in self._told.items()
+        ]
+        left = self.count - sum(rows for _, rows in self._told.values())
+        return "; ".join(told) + (f"; and {left} more rows" if left else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A data set as it was read: the prompts that can be, and what is wrong with the other rows."""
+
+    name: str
+    """What a message calls the data set."""
+    section: str
+    """The settings it was read by: `data` or `evaluation.data`."""
+    prompts: list[Prompt] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    """Where each prompt stands: `FILE:LINE`, or `FILE, row N`."""
+    problems: Problems = field(default_factory=Problems)
+
+
+def read(config: DataConfig, section: str = "data") -> Loaded:
+    """All rows of a data set, in its order, the broken ones told apart.
+
+    The user's message is `template` filled from the row's columns. Columns other than question, answer, id and task
+    become `fields`; when the template changes the question, the bare one is kept as the field `prompt`.
+    Raises DataError for what concerns all rows: a missing file, a file that is none of its kind.
+    """
+    named = getattr(config, "path", None) or getattr(config, "name", "")
+    loaded = Loaded(name=f"{config.kind} data {named!r}", section=section)
+    first_with_id: dict[str, str] = {}
+    for number, (place, row) in enumerate(itertools.islice(SOURCES[config.kind](config), config.limit)):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            prompt = prompt_of(row, config, number=number, section=section)
+            if prompt.id in first_with_id:
+                raise DataError(
+                    f"id {prompt.id!r} in column {config.id_column!r} is also that of {first_with_id[prompt.id]}"
+                )
+        except DataError as error:
+            loaded.problems.add(place, str(error))
+            continue
+        first_with_id[prompt.id] = place
+        loaded.prompts.append(prompt)
+        loaded.places.append(place)
+    return loaded
+
+
+def settle(loaded: Loaded, on_bad_rows: str) -> list[Prompt]:
+    """The prompts. Raises DataError for a data set without any, and for broken rows unless they are to be skipped."""
+    problems = loaded.problems
+    if problems.count and not loaded.prompts:
+        raise DataError(f"{problems}; no row of {loaded.name} is left")
+    if problems.count and on_bad_rows == "refuse":
+        raise DataError(f"{problems}; mend what is wrong, or leave such rows out: {loaded.section}.on_bad_rows=skip")
+    if not loaded.prompts:
+        raise DataError(f"{loaded.name} has no rows")
+    return loaded.prompts
 
 
 def load_prompts(config: DataConfig) -> list[Prompt]:
     """All prompts of a data set, in its order; their place in the list is their row.
 
-    The user's message is `template` filled from the row's columns. Columns other than question, answer, id and task
-    become `fields`; when the template changes the question, the bare one is kept as the field `prompt`.
-    Raises DataError, naming row and column, for a missing file, a broken line, a missing column, an empty question or
-    answer, an unknown placeholder, an id that appears twice, and a data set without rows.
+    Raises DataError as `read` and `settle` do. Whether their answers can be judged is not looked at here.
     """
-    name = _name(config)
-    prompts: list[Prompt] = []
-    first_with_id: dict[str, int] = {}
-    for number, row in enumerate(itertools.islice(SOURCES[config.kind](config), config.limit)):
-        prompt = _prompt(row, config, number, f"{name}, row {number}")
-        if prompt.id in first_with_id:
-            raise DataError(
-                f"{name}, row {number}: id {prompt.id!r} in column {config.id_column!r} is also that of row "
-                f"{first_with_id[prompt.id]}"
-            )
-        first_with_id[prompt.id] = number
-        prompts.append(prompt)
-    if not prompts:
-        raise DataError(f"{name} has no rows")
-    return prompts
-
-
-def _name(config: DataConfig) -> str:
-    """What an error message calls the data set."""
-    named = getattr(config, "path", None) or getattr(config, "name", "")
-    return f"{config.kind} data {named!r}"
-
-
-def _prompt(row: Row, config: DataConfig, number: int, place: str) -> Prompt:
-    question = _text(row, config.prompt_column, place)
-    answer = _text(row, config.answer_column, place)
-    has_id = config.id_column is not None and row.get(config.id_column) is not None
-    task = config.task or _text(row, "task", f"{place} (and data.task is not set)")
-    message = _filled(config.template, row, place)
-    used = {config.prompt_column, config.answer_column, "task"} | ({config.id_column} if has_id else set())
-    fields = {str(column): _json_value(value) for column, value in row.items() if column not in used}
-    if message != question:
-        fields["prompt"] = question
-    return Prompt(
-        id=str(row[config.id_column]) if has_id and config.id_column is not None else str(number),
-        task=task,
-        messages=(Message(role="user", content=message),),
-        answer=answer,
-        fields=fields,
-    )
-
-
-def _text(row: Row, column: str, place: str) -> str:
-    """The row's text in a column that must be there and not empty."""
-    if column not in row:
-        raise DataError(f"{place}: no column {column!r}; there are {', '.join(sorted(map(str, row)))}")
-    value = row[column]
-    if value is None or not str(value).strip():
-        raise DataError(f"{place}: column {column!r} is empty")
-    if isinstance(value, list | dict | bytes):
-        raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}; text or a number was expected")
-    return str(value)
-
-
-class _ColumnFormatter(string.Formatter):
-    """`str.format` with column names only: no attributes, no indices, no positions."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, str]:
-        if field_name not in kwargs:
-            raise KeyError(field_name)
-        return kwargs[field_name], field_name
-
-
-def _filled(template: str, row: Row, place: str) -> str:
-    try:
-        return _ColumnFormatter().vformat(template, (), row)
-    except KeyError as error:
-        columns = ", ".join(sorted(map(str, row)))
-        raise DataError(
-            f"{place}: template names {{{error.args[0]}}}, which is no column; there are {columns} "
-            "(write {{ and }} for braces)"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{place}: template {template!r} cannot be filled: {error}") from error
-
-
-def _json_value(value: Any) -> Any:
-    """`value` in JSON's types: what a file holds beyond them (dates, bytes, decimals) becomes its text."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    return str(value)
+    return settle(read(config), config.on_bad_rows)

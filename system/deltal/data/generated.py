@@ -46,14 +46,15 @@ class Question:
         return "test" if int.from_bytes(digest[:8], "big") % TEST_SHARE == 0 else "train"
 
 
-def generated_rows(config: GeneratedData) -> Iterator[Row]:
-    """The rows of `config`: columns `id`, `task`, `prompt`, `answer` and the task's own.
+def generated_rows(config: GeneratedData) -> Iterator[tuple[str, Row]]:
+    """Places and rows of `config`: columns `id`, `task`, `prompt`, `answer` and the task's own.
 
     Deterministic by seed, no question twice. If the split has fewer questions than `size`, these are all there are.
     Raises DataError when no such question exists, e.g. five different numbers out of 0…3.
     """
     for index, row in enumerate(TASKS[config.name](config)):
-        yield {"id": f"{config.name}/{config.split}/{config.seed}/{index}", **row}
+        id = f"{config.name}/{config.split}/{config.seed}/{index}"
+        yield f"generated {id}", {"id": id, **row}
 
 
 def _largest(config: GeneratedData) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """Items of reasoning-gym as rows, and back: what its scoring functions need travels as JSON.
 
-Some of its tasks compare tuples, which JSON would turn into lists: they are written as `{"__tuple__": [...]}`.
+Some of its tasks compare tuples, which JSON would turn into lists: they are written as `{"__tuple__": [...]}`. Whole
+numbers of more than 64 bits, which the journal does not hold, are written as `{"__integer__": "..."}`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any
 from deltal.config import ReasoningGymData
 from deltal.errors import DataError
 
-TUPLE = "__tuple__"
+TUPLE, INTEGER = "__tuple__", "__integer__"
 
 BY_RULE = "(judged by rule)"
 """Stands for the gold answer of tasks that have none, e.g. rush_hour."""
 
 
-def reasoning_rows(config: ReasoningGymData) -> Iterator[dict[str, Any]]:
-    """The rows of `config`: `id`, `task`, `prompt`, `answer`, `name` and `entry` (for `entry_from_json`).
+def reasoning_rows(config: ReasoningGymData) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places and rows of `config`: `id`, `task`, `prompt`, `answer`, `name` and `entry` (for `entry_from_json`).
 
     Raises DataError for an unknown task (with the nearest known) or parameters the task refuses.
     """
@@ -36,18 +37,24 @@ def reasoning_rows(config: ReasoningGymData) -> Iterator[dict[str, Any]]:
         raise DataError(f"reasoning_gym task {config.name!r} refuses its parameters: {error}") from error
     for index in range(config.size):
         entry = items[index]
-        yield {
-            "id": f"{config.name}/{config.seed}/{index}",
-            "task": "reasoning_gym",
-            "prompt": entry["question"],
-            "answer": str(entry["answer"] or BY_RULE),
-            "name": config.name,
-            "entry": entry_to_json(entry),
-        }
+        id = f"{config.name}/{config.seed}/{index}"
+        yield (
+            f"reasoning_gym {id}",
+            {
+                "id": id,
+                "task": "reasoning_gym",
+                "prompt": entry["question"],
+                "answer": str(entry["answer"] or BY_RULE),
+                "name": config.name,
+                "entry": entry_to_json(entry),
+            },
+        )
 
 
 def entry_to_json(value: Any) -> Any:
-    """`value` in JSON's types alone; tuples are marked, anything foreign becomes its text."""
+    """`value` in JSON's types alone; tuples and large whole numbers are marked, anything foreign becomes its text."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return {INTEGER: str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -64,6 +71,8 @@ def entry_from_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         if set(value) == {TUPLE}:
             return tuple(entry_from_json(item) for item in value[TUPLE])
+        if set(value) == {INTEGER}:
+            return int(value[INTEGER])
         return {key: entry_from_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [entry_from_json(item) for item in value]

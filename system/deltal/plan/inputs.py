@@ -1,14 +1,15 @@
-"""What can be known to be wrong with a run before anything starts: chat template, model folder, data, tasks."""
+"""What can be known to be wrong with a run before anything starts: chat template and model folder.
+
+Of the data `plan/prompts.py` speaks.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from deltal.config import RunConfig
+from deltal.config import HfData, RunConfig
 from deltal.data.chat import check_template
-from deltal.data.datasets import load_prompts
 from deltal.plan.model_folder import check_model_folder
-from deltal.verify.registry import find
 
 
 def check_inputs(settings: RunConfig, *, hub: bool = True) -> list[str]:
@@ -22,10 +23,10 @@ def check_inputs(settings: RunConfig, *, hub: bool = True) -> list[str]:
         check_model_folder(settings.model.path)
         if not Path(settings.model.path).expanduser().exists():
             unseen.append(f"model {settings.model.path}")
-    for data in (settings.data, settings.evaluation.data):
-        if data is not None and data.kind == "hf" and not hub and not Path(data.name).exists():
-            unseen.append(f"data set {data.name}")
-        elif data is not None:
-            for task in {prompt.task for prompt in load_prompts(data)}:
-                find(task)
-    return unseen
+    return unseen if hub else unseen + [f"data set {name}" for name in hub_data(settings)]
+
+
+def hub_data(settings: RunConfig) -> list[str]:
+    """Names of data sets that are not on this machine, as far as can be told without asking the hub."""
+    sources = (settings.data, settings.evaluation.data)
+    return [data.name for data in sources if isinstance(data, HfData) and not Path(data.name).exists()]

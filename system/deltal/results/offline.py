@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from deltal.config import DataConfig, JsonlData, ParquetData, RunConfig
+from deltal.config import DataConfig, JsonlData, ParquetData, RunConfig, SplitOff
+from deltal.config.data import DataColumns
 from deltal.config.file import load_config, resolve
 from deltal.data.chat import Chat
 from deltal.errors import RunNotFoundError, UserError
 from deltal.folder import RunFolder
 from deltal.plan.model_folder import check_model_folder
+from deltal.plan.prompts import checked_prompts, checked_set
 from deltal.results.statistics import mean_interval, pass_at
 from deltal.rollout.engine import Sampling
 from deltal.types import Group, GroupId, Prompt, Response, ScoredGroup, Span
@@ -115,12 +117,26 @@ def model_and_settings(model: str, config: str | None, overrides: Sequence[str] 
     return folder.path("export"), resolve(folder.config().model_dump(mode="json"), overrides, where=folder.name)
 
 
-def data_source(data: str | None, settings: RunConfig) -> DataConfig:
-    """The held-out data: a file with the columns of the settings' own data, or that itself. Raises UserError."""
+def data_source(data: str | None, settings: RunConfig) -> tuple[DataConfig, str]:
+    """A file of the user's with the columns of the settings' own held-out data, or that data itself; and the section
+    of the settings that it is read by. Raises UserError.
+    """
+    held_out, base, section = settings.evaluation.data, settings.data, "data"
+    if held_out is not None and not isinstance(held_out, SplitOff):
+        base, section = held_out, "evaluation.data"
+        if data is None:
+            return base, section
     if data is None:
-        if settings.evaluation.data is None:
-            raise UserError("the settings name no evaluation data; give a .jsonl or .parquet file")
-        return settings.evaluation.data
-    base = settings.evaluation.data or settings.data
-    shared = {name: getattr(base, name) for name in ("template", "task", "prompt_column", "answer_column", "id_column")}
-    return ParquetData(path=data, **shared) if data.endswith(".parquet") else JsonlData(path=data, **shared)
+        raise UserError("the settings name no evaluation data; give a .jsonl or .parquet file")
+    shared = {name: getattr(base, name) for name in DataColumns.model_fields if name != "limit"}
+    return (ParquetData if data.endswith(".parquet") else JsonlData)(path=data, **shared), section
+
+
+def held_out_prompts(data: str | None, settings: RunConfig) -> tuple[list[Prompt], tuple[str, ...]]:
+    """The prompts to measure on, and what a person should know of them. Raises UserError."""
+    if data is None and isinstance(settings.evaluation.data, SplitOff):
+        both = checked_prompts(settings)
+        return both.held_out, both.notes
+    found = checked_set(*data_source(data, settings), settings.verify)
+    left_out = found.problems.count
+    return found.prompts, (f"{left_out} rows are left out: {found.problems}",) if left_out else ()

@@ -27,11 +27,11 @@ import ray
 
 from deltal.config import RunConfig
 from deltal.data.cursor import PromptCursor
-from deltal.data.datasets import load_prompts
 from deltal.errors import DeadlineError, DeltalError, UserError, one_line
 from deltal.folder import RunFolder
 from deltal.learner.actor import prepare_model
 from deltal.monitor.http import live_app, serve_app
+from deltal.plan.prompts import prompts_of_run
 from deltal.run.admission import open_slots
 from deltal.run.evaluation import Evaluation
 from deltal.run.observer import Observer
@@ -178,11 +178,8 @@ class Controller:
         # A listener on all interfaces is reached by this node's address.
         reach = ray.util.get_node_ip_address() if host in ("0.0.0.0", "::") else host
         observer.begin(supervisor, reach, page.port)
-        self._prompts = await asyncio.to_thread(load_prompts, config.data)
-        held_out = config.evaluation.data
-        self._held_out = (await asyncio.to_thread(load_prompts, held_out) if held_out else [])[
-            : config.evaluation.prompts
-        ]
+        prompts = await asyncio.to_thread(prompts_of_run, config, self._folder)
+        self._prompts, self._held_out, observer.rows_skipped = prompts.train, prompts.held_out, prompts.rows_skipped
         supervisor.start_services()
         await observer.look()
         self._cursor = PromptCursor(len(self._prompts), config.run.seed)

@@ -42,6 +42,7 @@ class Observer:
         self._learner: dict[str, Any] = {}
         self._pending: dict[str, dict[str, Any]] = {}
         self._restarts_told: dict[str, int] = {}
+        self.rows_skipped = int(earlier.get("rows_skipped") or 0)
         self._skipped_told = 0
         self._looks = 0
         self._supervisor: Supervisor | None = None
@@ -147,6 +148,7 @@ class Observer:
             "seconds": self._seconds,
             "address": self.address,
             "prompts_skipped": self._prompts_skipped(),
+            "rows_skipped": self.rows_skipped,
             "message": self.message,
             "learner": self._learner.get("waiting_for"),
             "evaluation": {"done": len(evaluation.results), "of": len(evaluation.requests)} if evaluation else None,

@@ -130,6 +130,9 @@ def _lines(status: Row, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         lines.append(("restarts", restarts, ""))
     if skipped > 0:
         lines.append(("prompts skipped", show(skipped), "longer than chat.max_prompt_tokens"))
+    left_out = number(status.get("rows_skipped"))
+    if left_out > 0:
+        lines.append(("rows left out", show(left_out), "data.on_bad_rows: skip"))
     if status.get("address"):
         lines.append(("live page", str(status["address"]), ""))
     return lines

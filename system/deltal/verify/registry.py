@@ -1,6 +1,7 @@
 """The one place where a task's name meets its verifier.
 
-A new verifier is one function `(answer, fields, text) -> Finding` in one file and one line in `VERIFIERS`.
+A new verifier is one function `(answer, fields, text) -> Finding` in one file and one line in `VERIFIERS`. The
+docstring of the function is its rule in docs/verifiers.md.
 """
 
 from __future__ import annotations
@@ -9,25 +10,29 @@ import atexit
 import difflib
 import functools
 import importlib
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltal.errors import DataError
 from deltal.types import Prompt, Response, Verdict
 from deltal.verify.sandbox.isolation import is_sandboxed
+from deltal.verify.sandbox.messages import request_fields
 from deltal.verify.sandbox.pool import SandboxPool
 from deltal.verify.tasks.answers import Finding
-from deltal.verify.tasks.code import code
+from deltal.verify.tasks.code import code, code_gold
 from deltal.verify.tasks.countdown import countdown
+from deltal.verify.tasks.exact import exact
 from deltal.verify.tasks.letters import letters
-from deltal.verify.tasks.math import math
+from deltal.verify.tasks.math import PLAIN_GOLD, math, math_gold
 from deltal.verify.tasks.numbers import gsm8k, largest
-from deltal.verify.tasks.reasoning import reasoning_gym
+from deltal.verify.tasks.reasoning import reasoning_gold, reasoning_gym
 
 Judge = Callable[[str, Mapping[str, Any], str], Finding]
+Gold = Callable[[str, Mapping[str, Any]], None]
 
 PARSED_CHARACTERS = 500
 """What a verdict keeps of the parsed answer: a response may be long."""
@@ -39,6 +44,16 @@ class Verifier:
 
     judge: Judge
     """`(answer, fields, text) -> Finding`."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Columns of a row that it reads beside the answer, and what each holds."""
+    gold: Gold | None = None
+    """`(answer, fields)`, raises DataError when no response to such a prompt could be judged, and never runs what the
+    row says. None: the answer is judged as a response to itself, which raises where the prompt is at fault."""
+    gold_in_sandbox: bool = False
+    """`gold` itself may hang, or eat memory."""
+    plain: re.Pattern[str] | None = None
+    """Answers of this form need no check: it spares a process thousands of plain numbers. Where there is one, `gold`
+    looks at the answer alone."""
     library: str | None = None
     """Imported before the clock of an item starts."""
     in_sandbox: bool = False
@@ -53,13 +68,34 @@ class Verifier:
 
 
 VERIFIERS: dict[str, Verifier] = {
-    "largest": Verifier(judge=largest),
+    "exact": Verifier(judge=exact),
     "gsm8k": Verifier(judge=gsm8k),
-    "countdown": Verifier(judge=countdown),
+    "math": Verifier(
+        judge=math, gold=math_gold, gold_in_sandbox=True, plain=PLAIN_GOLD, library="math_verify", in_sandbox=True
+    ),
+    "countdown": Verifier(
+        judge=countdown, fields={"nums": "list of the whole numbers to use", "target": "whole number to reach"}
+    ),
+    "code": Verifier(
+        judge=functools.wraps(code)(lambda answer, fields, text: code(answer, fields, text, **_limits)),
+        gold=code_gold,
+        fields={
+            "test": "HumanEval: a program that defines `check`",
+            "entry_point": "HumanEval: the function's name",
+            "tests": "MBPP: list of statements",
+            "setup": "MBPP, may be missing: runs after the program and before the tests",
+        },
+    ),
+    "reasoning_gym": Verifier(
+        judge=reasoning_gym,
+        gold=reasoning_gold,
+        fields={"name": "the task in reasoning-gym", "entry": "its item, as data.kind=reasoning_gym writes it"},
+        library="reasoning_gym",
+        in_sandbox=True,
+        evaluates_text=True,
+    ),
+    "largest": Verifier(judge=largest),
     "letters": Verifier(judge=letters),
-    "math": Verifier(judge=math, library="math_verify", in_sandbox=True),
-    "reasoning_gym": Verifier(judge=reasoning_gym, library="reasoning_gym", in_sandbox=True, evaluates_text=True),
-    "code": Verifier(judge=lambda answer, fields, text: code(answer, fields, text, **_limits)),
 }
 
 _limits: dict[str, Any] = {"timeout": 10.0, "memory_mib": 1024}
@@ -102,6 +138,52 @@ def judge(task: str, answer: str, fields: Mapping[str, Any], text: str) -> Verdi
     )
 
 
+def check_gold(task: str, answer: str, fields: Mapping[str, Any]) -> None:
+    """Whether responses to a prompt can be judged, in this process. Raises DataError when not."""
+    verifier = find(task)
+    if verifier.gold is not None:
+        verifier.gold(answer, fields)
+        return
+    try:
+        verifier.judge(answer, fields, answer)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"the verifier of {task!r} fails on the row itself: {type(error).__name__}") from error
+
+
+def gold_faults(prompts: Sequence[Prompt], pool: SandboxPool) -> dict[int, str]:
+    """Place of each prompt that no response could be judged by, and why. `pool` is asked where a task demands it."""
+    faults: dict[int, str] = {}
+    asked: list[int] = []
+    for place, prompt in enumerate(prompts):
+        try:
+            verifier = find(prompt.task)
+            if verifier.plain is not None and verifier.plain.fullmatch(prompt.answer):
+                continue
+            if verifier.gold_in_sandbox if verifier.gold else verifier.in_sandbox:
+                asked.append(place)
+            else:
+                check_gold(prompt.task, prompt.answer, request_fields(prompt))
+        except DataError as error:
+            faults[place] = str(error)
+    return faults | _faults_by_sandbox(prompts, asked, pool)
+
+
+def _faults_by_sandbox(prompts: Sequence[Prompt], places: list[int], pool: SandboxPool) -> dict[int, str]:
+    """Faults of the prompts at `places`; each answer is asked once where it is all that counts."""
+    asked: dict[Any, int] = {}
+    alike = {}
+    for place in places:
+        prompt = prompts[place]
+        alike[place] = (
+            place if find(prompt.task).plain is None else asked.setdefault((prompt.task, prompt.answer), place)
+        )
+    first = sorted(set(alike.values()))
+    why = dict(zip(first, pool.check_many([prompts[place] for place in first]), strict=True))
+    return {place: reason for place, same in alike.items() if (reason := why[same]) is not None}
+
+
 def verify(prompt: Prompt | Mapping[str, Any], response: Response | str) -> Verdict:
     """Judge one response.
 
@@ -114,8 +196,6 @@ def verify(prompt: Prompt | Mapping[str, Any], response: Response | str) -> Verd
     if find(asked.task).in_sandbox and not is_sandboxed():
         with _pool_lock:
             return _own_pool().verify_many([(asked, text)])[0]
-    from deltal.verify.sandbox.messages import request_fields
-
     return judge(asked.task, asked.answer, request_fields(asked), text)
 
 

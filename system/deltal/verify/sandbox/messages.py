@@ -1,6 +1,6 @@
 """What a pool and its verifying processes say to each other: JSON behind a length of four bytes, big-endian.
 
-    pool -> process   {task, answer, fields, text, token}
+    pool -> process   {task, answer, fields, text, token}; text null: only whether the prompt can be judged
     process -> pool   {ready} once · {begin, token} when the task's libraries are in · then one of
                       {reward, correct, parsed, reason, seconds, token} and {error, token} (the data set's fault)
 
@@ -48,7 +48,7 @@ class FrameReader:
 class Call:
     """The items of one `verify_many`: which wait, which have their verdict."""
 
-    def __init__(self, items: Sequence[tuple[Prompt, str]]) -> None:
+    def __init__(self, items: Sequence[tuple[Prompt, str | None]]) -> None:
         self.items = items
         self.verdicts: list[Verdict | None] = [None] * len(items)
         self.waiting = deque(range(len(items)))

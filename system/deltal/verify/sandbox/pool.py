@@ -219,8 +219,19 @@ class SandboxPool:
         for an unknown task or a prompt that lacks what its task needs, ResourceError when no process can be started,
         DeadlineError when one does not come up in 120 s.
         """
+        return self._settled(Call(items))
+
+    def check_many(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """For each prompt why no response to it could be judged, or None. Raises as `verify_many`, but no DataError."""
+        verdicts = self._settled(Call([(prompt, None) for prompt in prompts]))
+        odd = {
+            "timeout": f"reading the answer takes more than {self._timeout:g} s",
+            "crash": "the answer ends its reader",
+        }
+        return [None if verdict.correct else odd.get(verdict.reason, verdict.reason) for verdict in verdicts]
+
+    def _settled(self, call: Call) -> list[Verdict]:
         with self._lock:
-            call = Call(items)
             try:
                 while call.unfinished:
                     self._hand_out(call)

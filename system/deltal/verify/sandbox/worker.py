@@ -66,6 +66,8 @@ def judged(request: dict[str, Any]) -> dict[str, Any]:
     from deltal.errors import DataError
     from deltal.verify.registry import judge
 
+    if request["text"] is None:
+        return _checked(request)
     try:
         verdict = judge(request["task"], request["answer"], request["fields"], request["text"])
     except DataError as error:
@@ -77,6 +79,21 @@ def judged(request: dict[str, Any]) -> dict[str, Any]:
         "reason": verdict.reason,
         "seconds": verdict.seconds,
     }
+
+
+def _checked(request: dict[str, Any]) -> dict[str, Any]:
+    """Whether a prompt can be judged, in the form of a verdict; whatever its gold answer provokes, it cannot be."""
+    from deltal.errors import DataError
+    from deltal.verify.registry import check_gold
+
+    reason = ""
+    try:
+        check_gold(request["task"], request["answer"], request["fields"])
+    except DataError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"the answer of a {request['task']} prompt cannot be read: {type(error).__name__}"
+    return {"reward": 0.0, "correct": not reason, "parsed": None, "reason": reason, "seconds": 0.0}
 
 
 if __name__ == "__main__":

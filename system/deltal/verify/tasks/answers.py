@@ -82,12 +82,32 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def exact(number: str) -> Fraction | None:
+def number_value(number: str) -> Fraction | None:
     """Exact value of a decimal number as written, thousands commas stripped; None when it is no number."""
     plain = number.replace(",", "").strip()
     if len(plain) > DIGITS or not re.fullmatch(r"[+-]?[0-9]+(?:\.[0-9]+)?", plain):
         return None
     return Fraction(plain)
+
+
+GOLD_NUMBER = re.compile(rf"\s*\$?\s*([+-]?(?:{_THOUSANDS}|[0-9]+)(?:\.[0-9]+)?)\s*")
+
+
+def gold_number(answer: str, task: str) -> Fraction:
+    """A gold answer that is one number, maybe with a dollar sign and commas every three digits.
+
+    Raises DataError for anything else: "2,5" could be two and a half, or two numbers.
+    """
+    found = GOLD_NUMBER.fullmatch(answer)
+    value = number_value(found[1]) if found else None
+    if value is None:
+        raise DataError(f"the answer {shortened(answer)} of a {task} prompt is no number")
+    return value
+
+
+def shortened(text: str) -> str:
+    """A text as a message quotes it: its last 60 characters at most."""
+    return repr(text if len(text) <= 60 else "…" + text[-60:])
 
 
 def needed(fields: Mapping[str, Any], name: str, task: str) -> Any:

@@ -26,8 +26,9 @@ def code(answer: str, fields: Mapping[str, Any], text: str, *, timeout: float, m
     Fields, HumanEval style: `prompt` (signature and docstring), `test`, `entry_point`; MBPP style: `tests` (list of
     statements), `setup` (runs after the program, before the tests). The program is the last fenced block that defines
     a function, else the last fenced block, else the whole text. Reason `no sandbox`: nothing was run.
-    Raises DataError for a prompt that has neither `test` nor `tests`.
+    Raises DataError as `code_gold` does.
     """
+    code_gold(answer, fields)
     program = _program(final_part(text))
     if not program.strip():
         return Finding(False, None, "no answer")
@@ -35,12 +36,23 @@ def code(answer: str, fields: Mapping[str, Any], text: str, *, timeout: float, m
         return Finding(False, program, "too long")
     if fields.get("test") is not None:
         parts = _humaneval(program, fields)
-    elif fields.get("tests"):
-        parts = [program, str(fields.get("setup") or ""), "\n".join(map(str, fields["tests"]))]
     else:
-        raise DataError("a prompt of task 'code' needs the field 'test' (HumanEval) or 'tests' (MBPP)")
+        parts = [program, str(fields.get("setup") or ""), "\n".join(map(str, fields["tests"]))]
     outcome = run_program(parts, timeout=timeout, memory_mib=memory_mib)
     return Finding(outcome == "passed", program, outcome)
+
+
+def code_gold(answer: str, fields: Mapping[str, Any]) -> None:
+    """Whether a row can be judged: it has its tests. The gold program is not run. Raises DataError."""
+    if fields.get("test") is not None:
+        name = str(needed(fields, "entry_point", "code"))
+        needed(fields, "prompt", "code")
+        if not name.isidentifier():
+            raise DataError(f"entry_point = {name!r} of a code prompt is no name")
+    elif not fields.get("tests"):
+        raise DataError("a prompt of task 'code' needs the field 'test' (HumanEval) or 'tests' (MBPP)")
+    elif not isinstance(fields["tests"], list | tuple):
+        raise DataError("the field 'tests' of a code prompt is no list of statements")
 
 
 def _program(text: str) -> str:
@@ -53,9 +65,7 @@ def _program(text: str) -> str:
 
 def _humaneval(program: str, fields: Mapping[str, Any]) -> list[str]:
     """The prompt's own imports and helpers first; a program without the function is the function's body."""
-    prompt, name = str(needed(fields, "prompt", "code")), str(needed(fields, "entry_point", "code"))
-    if not name.isidentifier():
-        raise DataError(f"entry_point = {name!r} of a code prompt is no name")
+    prompt, name = str(fields["prompt"]), str(fields["entry_point"])
     tests = [str(fields["test"]), f"check({name})"]
     if re.search(rf"^(?:async\s+)?def\s+{name}\b", program, re.MULTILINE):
         return [prompt, program, *tests]

@@ -65,9 +65,15 @@ def countdown(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
 def _question(fields: Mapping[str, Any]) -> tuple[list[int], int]:
     numbers, target = needed(fields, "nums", "countdown"), needed(fields, "target", "countdown")
     try:
-        return sorted(int(number) for number in numbers), int(target)
-    except (TypeError, ValueError) as error:
+        whole = [int(number) for number in numbers]
+        is_exact = all(
+            got == float(given) for got, given in zip([*whole, int(target)], [*numbers, target], strict=True)
+        )
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"a countdown prompt has nums = {numbers!r}, target = {target!r}: {error}") from error
+    if not whole or not is_exact:
+        raise DataError(f"a countdown prompt has nums = {numbers!r}, target = {target!r}: whole numbers are wanted")
+    return sorted(whole), int(target)
 
 
 def _plain(said: str) -> str:

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deltal.verify.tasks.answers import Finding, compared, final_part, last_box
+from deltal.errors import DataError
+from deltal.verify.tasks.answers import Finding, compared, final_part, last_box, shortened
+from deltal.verify.tasks.exact import exact
 
 LONGEST = 1000
 """Characters of an answer; the longest gold answer of MATH has 160."""
@@ -44,14 +46,30 @@ UNITS = {
     "g": "gram grams",
     "kg": "kilogram kilograms",
 }
+# A product of variables is rarely longer than two letters and nobody's word; `\text` says itself what it is.
+WORDS = re.compile(
+    r"\\text(?:bf|it|rm)?\s*\{[^{}\\$0-9^]*[^\W\d_][^{}\\$0-9^]*\}"
+    r"|(?!.*\b(?:sin|cos|tan|cot|sec|csc|log|exp|inf|infinity|infty|sqrt)\b)"
+    r"[^\W\d_]{3,}(?: [^\W\d_]+|-[^\W\d_]{2,})*\.?"
+)
+PLAIN_GOLD = re.compile(
+    r"\s*(?:-?(?:[0-9]{1,12}(?:\.[0-9]{1,12})?(?:\\%|\^\{?\\circ\}?)?|[0-9]{1,3}(?:,(?:\\!)?[0-9]{3})+"
+    r"|\\d?frac\{?[0-9]{1,6}\}?\{[1-9][0-9]{0,5}\}|[0-9]{0,6}(?:\\pi|\\sqrt\{[0-9]{1,6}\}))"
+    r"|\(-?[0-9]{1,6}(?:, ?-?[0-9]{1,6})+\))\s*"
+)
+"""Gold answers that are read without asking: whole numbers, decimals, fractions, roots, multiples of π, points."""
+
 UNIT_NAMES = {name: unit for unit, names in UNITS.items() for name in (unit, *names.split())}
 
 
 def math(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     r"""The last \boxed{…} after the thoughts equals the answer; without any box the whole text is searched.
 
-    A box that is never closed is no answer, one inside thoughts that never end neither.
+    A box that is never closed is no answer, one inside thoughts that never end neither. A gold answer of words (`even`,
+    `\text{two lines}`) is no algebra, and compared as `exact` does.
     """
+    if is_words(answer):
+        return exact(answer, fields, text)
     said, boxed = final_part(text), last_box(final_part(text))
     if boxed is not None:
         said = boxed
@@ -64,6 +82,26 @@ def math(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     if TOWER.search(said) or TOWER.search(answer):
         return Finding(False, said, "too large")
     return _by_math_verify(_written_out(answer), _written_out(said), boxed is not None, said)
+
+
+def is_words(answer: str) -> bool:
+    """Whether a gold answer is words and not a product of variables: \text{…}, or three letters and more in a row."""
+    return WORDS.fullmatch(answer.strip()) is not None
+
+
+def math_gold(answer: str, fields: Mapping[str, Any]) -> None:
+    """Whether a gold answer can be read. Raises DataError; in a sandboxed process only, like `math` itself."""
+    if is_words(answer):
+        return
+    if len(answer) > LONGEST:
+        raise DataError(f"the answer {shortened(answer)} of a math prompt has more than {LONGEST} characters")
+    if TOWER.search(answer):
+        raise DataError(f"the answer {shortened(answer)} of a math prompt is too large to compute with")
+    if not _balanced(answer):
+        raise DataError(f"the answer {shortened(answer)} of a math prompt has a brace that is never closed")
+    # What math-verify reads as mere text (`43_5.`) is still compared letter by letter.
+    if not any(sign.isalnum() for sign in answer) or not _parsed(_written_out(answer)):
+        raise DataError(f"the answer {shortened(answer)} of a math prompt is no formula that math-verify can read")
 
 
 def _refusal(answer: str, said: str) -> str | None:
@@ -134,21 +172,27 @@ def _once_bracketed(text: str) -> str:
 
 
 def _by_math_verify(answer: str, said: str, boxed: bool, parsed: str) -> Finding:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify import verify
 
-    # It warns at every call that its own clock is off; ours is the sandbox's, which also ends what holds the GIL.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    ways = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    gold = parse(rf"\boxed{{{answer}}}", ways, parsing_timeout=None)
+    gold = _parsed(answer)
     if not gold:
         return Finding(False, parsed, "gold answer not understood")
-    found = parse(rf"\boxed{{{said}}}" if boxed else said, ways, parsing_timeout=None)
+    found = _parsed(said, boxed=boxed)
     if not found:
         return Finding(False, parsed if boxed else None, "not understood" if boxed else "no answer")
     equal = verify(gold, found, float_rounding=ROUNDING, allow_set_relation_comp=True, timeout_seconds=None)
     sides = _sides(said) if boxed and equal and "=" not in answer else None
     if sides is not None:
-        left, right = (parse(rf"\boxed{{{side}}}", ways, parsing_timeout=None) for side in sides)
+        left, right = (_parsed(side) for side in sides)
         if not verify(left, right, float_rounding=ROUNDING, timeout_seconds=None):
             return Finding(False, parsed, "equation that does not hold")
     return compared(bool(equal), parsed if boxed else str(found[-1]))
+
+
+def _parsed(text: str, *, boxed: bool = True) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    # It warns at every call that its own clock is off; ours is the sandbox's, which also ends what holds the GIL.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    ways = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return list(parse(rf"\boxed{{{text}}}" if boxed else text, ways, parsing_timeout=None))

@@ -7,8 +7,17 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from deltal.errors import DataError
-from deltal.verify.tasks.answers import DIGITS, NUMBER, PLAIN_NUMBER, Finding, compared, exact, final_part, last_box
+from deltal.verify.tasks.answers import (
+    DIGITS,
+    NUMBER,
+    PLAIN_NUMBER,
+    Finding,
+    compared,
+    final_part,
+    gold_number,
+    last_box,
+    number_value,
+)
 
 GSM8K_MARK = re.compile(r"####\s*\$?\s*([+-]?[0-9][0-9,]{0,200}(?:\.[0-9]+)?)")
 FRACTION = re.compile(r"\s*([+-]?[0-9]+)\s*/\s*([0-9]+)\s*")
@@ -16,21 +25,24 @@ FRACTION = re.compile(r"\s*([+-]?[0-9]+)\s*/\s*([0-9]+)\s*")
 
 def largest(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     """The last number in the text is the answer. Commas separate here: "13,12,11" are three numbers."""
+    gold = gold_number(answer, "largest")
     numbers = PLAIN_NUMBER.findall(final_part(text))
     if not numbers:
         return Finding(False, None, "no answer")
-    return compared(exact(numbers[-1]) == _gold(answer, "largest"), numbers[-1])
+    return compared(number_value(numbers[-1]) == gold, numbers[-1])
 
 
 def gsm8k(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     r"""The number after the last `####`, else in the last \boxed{…}, else the last number of the text; exact.
 
-    Thousands commas are stripped. A fraction counts in a box only ("1/2").
+    Thousands commas are stripped. A fraction counts in a box only ("1/2"). The gold answer is one number, or a worked
+    solution that ends in `#### 72`, as GSM8K publishes them.
     """
+    gold = gold_number(answer.rpartition("####")[2], "gsm8k")
     said = _said(final_part(text))
     if said is None:
         return Finding(False, None, "no answer")
-    return compared(_value(said) == _gold(answer, "gsm8k"), said)
+    return compared(_value(said) == gold, said)
 
 
 def _said(text: str) -> str | None:
@@ -50,14 +62,7 @@ def _said(text: str) -> str | None:
 def _value(said: str) -> Fraction | None:
     parts = FRACTION.fullmatch(said)
     if parts is None:
-        return exact(said)
+        return number_value(said)
     if len(said) > DIGITS or int(parts[2]) == 0:
         return None
     return Fraction(int(parts[1]), int(parts[2]))
-
-
-def _gold(answer: str, task: str) -> Fraction:
-    value = exact(answer)
-    if value is None:
-        raise DataError(f"the answer {answer!r} of a {task} prompt is no number")
-    return value

@@ -56,6 +56,17 @@ def reasoning_gym(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     return Finding(correct, said, "equal" if correct else "different")
 
 
+def reasoning_gold(answer: str, fields: Mapping[str, Any]) -> None:
+    """Whether a row can be scored: reasoning-gym has its task, and the entry is there. Raises DataError."""
+    from reasoning_gym.factory import DATASETS
+
+    name, entry = needed(fields, "name", "reasoning_gym"), needed(fields, "entry", "reasoning_gym")
+    if name not in DATASETS:
+        raise DataError(f"reasoning_gym has no task {name!r}")
+    if not isinstance(entry, Mapping):
+        raise DataError("the field 'entry' of a reasoning_gym prompt is no object")
+
+
 def _reaches_out(said: str) -> bool:
     """Whether Python would find more than arithmetic in it: a scorer that evaluates it shares a process with its judge.
 
