@@ -75,6 +75,7 @@ format: install
 docs: install
 	$(DELTAL) config configs/tiny.yaml
 	$(PY) -m deltal.monitor.dashboards > dashboards/deltal.json
+	$(PY) -m deltal.verify.page > docs/verifiers.md
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

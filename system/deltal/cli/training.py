@@ -167,8 +167,10 @@ def _plan_only(settings: RunConfig, config: str, gpus: str | None, as_json: bool
     for name in unseen:
         out.print(f"not looked at, for it is not on this machine: {escape(name)}", soft_wrap=True)
     if prompts:
-        out.print(f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out, "
-                  f"{prompts.rows_skipped} rows left out")  # fmt: skip
+        out.print(
+            f"prompts: {len(prompts.train)} to train on, {len(prompts.held_out)} held out; "
+            f"rows left out: {prompts.rows_skipped}"
+        )
     out.print(f"{config} is valid; nothing was started")
 
 

@@ -44,6 +44,8 @@ class Verifier:
 
     judge: Judge
     """`(answer, fields, text) -> Finding`."""
+    answer: str = ""
+    """What a gold answer holds, in a few words."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Columns of a row that it reads beside the answer, and what each holds."""
     gold: Gold | None = None
@@ -68,16 +70,25 @@ class Verifier:
 
 
 VERIFIERS: dict[str, Verifier] = {
-    "exact": Verifier(judge=exact),
-    "gsm8k": Verifier(judge=gsm8k),
+    "exact": Verifier(judge=exact, answer="a word, name or phrase"),
+    "gsm8k": Verifier(judge=gsm8k, answer="a number, or a solution that ends in `#### 72`"),
     "math": Verifier(
-        judge=math, gold=math_gold, gold_in_sandbox=True, plain=PLAIN_GOLD, library="math_verify", in_sandbox=True
+        judge=math,
+        answer="a formula in LaTeX, a number, or words",
+        gold=math_gold,
+        gold_in_sandbox=True,
+        plain=PLAIN_GOLD,
+        library="math_verify",
+        in_sandbox=True,
     ),
     "countdown": Verifier(
-        judge=countdown, fields={"nums": "list of the whole numbers to use", "target": "whole number to reach"}
+        judge=countdown,
+        answer="one solution, for people; any is right",
+        fields={"nums": "list of the whole numbers to use", "target": "whole number to reach"},
     ),
     "code": Verifier(
         judge=functools.wraps(code)(lambda answer, fields, text: code(answer, fields, text, **_limits)),
+        answer="a program, for people; it is not run",
         gold=code_gold,
         fields={
             "test": "HumanEval: a program that defines `check`",
@@ -88,14 +99,15 @@ VERIFIERS: dict[str, Verifier] = {
     ),
     "reasoning_gym": Verifier(
         judge=reasoning_gym,
+        answer="as reasoning-gym gives it",
         gold=reasoning_gold,
         fields={"name": "the task in reasoning-gym", "entry": "its item, as data.kind=reasoning_gym writes it"},
         library="reasoning_gym",
         in_sandbox=True,
         evaluates_text=True,
     ),
-    "largest": Verifier(judge=largest),
-    "letters": Verifier(judge=letters),
+    "largest": Verifier(judge=largest, answer="a number"),
+    "letters": Verifier(judge=letters, answer="letters, each of which is right"),
 }
 
 _limits: dict[str, Any] = {"timeout": 10.0, "memory_mib": 1024}

@@ -33,8 +33,9 @@ def exact(answer: str, fields: Mapping[str, Any], text: str) -> Finding:
     r"""What the response gives as its answer is the gold answer: equal as text, not as a quantity.
 
     Its answer is what stands in the last \boxed{…}, else in the last `<answer>…</answer>`, else after the last `####`,
-    else after the last `answer:` or `answer is`, the latter three up to the end of the line; else it is the last line
-    that is not empty. All of that must be the gold answer: a sentence around it, or a second candidate, makes it wrong.
+    else after the last `answer:` or `answer is` (both up to the end of the line, or the next line if that is empty);
+    else it is the last line that is not empty. All of that must be the gold answer: a sentence around it, or a second
+    candidate, makes it wrong.
     Not compared are: upper and lower case, forms that Unicode (NFKC) calls the same, invisible characters, how much
     space stands between words, quotes, brackets ( ), dollars and emphasis around the whole, and `.`, `,`, `;`, `:` at
     its end (`!` and `?` after a letter).
