@@ -84,3 +84,10 @@ def test_steps_are_fixed_where_the_learning_rate_depends_on_them(kind: str) -> N
 def test_a_misspelt_key_is_the_users_mistake() -> None:
     with pytest.raises(ConfigError, match=r"did you mean learner\.ranks"):
         amended(config(), ["learner.rank=2"], done=0)
+
+
+def test_a_run_that_trained_nothing_is_not_offered_as_a_start() -> None:
+    for done, offered in ((0, False), (7, True)):
+        with pytest.raises(ConfigError, match="deltal train CONFIG") as caught:
+            amended(config(), ["rollout.temperature=0.5"], done=done)
+        assert ("--from" in str(caught.value)) is offered

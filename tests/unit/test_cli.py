@@ -7,6 +7,7 @@ import pytest
 
 from deltal.config.file import load_config
 from deltal.folder import RunFolder
+from deltal.plan.prompts import prompts_of_run
 from tests.launch import TINY, deltal
 
 
@@ -55,6 +56,35 @@ def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path):
     data.write_text(f"{good}\n{good}\n{{broken\n")
     line = refused("train", _config(tmp_path, f"data: {{kind: jsonl, path: {data}}}"), DELTAL_RUNS=str(tmp_path))
     assert f"{data}:3" in line
+
+
+def test_rows_that_cannot_be_judged_stop_every_verb_before_anything_starts(tmp_path: Path):
+    rows = [{"prompt": f"q{n}", "answer": "N/A" if n % 2 else "4", "task": "gsm8k"} for n in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    runs, data = tmp_path / "runs", f"data={{kind: jsonl, path: {tmp_path / 'data.jsonl'}}}"
+    for more in ((), ("--dry-run",)):
+        line = refused("train", TINY, data, *more, DELTAL_RUNS=str(runs))
+        assert all(f"data.jsonl:{place}: the answer 'N/A' of a gsm8k prompt" in line for place in (2,))
+        assert "and 3 more rows like it" in line
+        assert "data.on_bad_rows=skip" in line
+    assert "data.jsonl:2" in refused("variance", TINY, str(tmp_path / "data.jsonl"), DELTAL_RUNS=str(runs))
+    assert not runs.exists()
+    told = deltal("train", TINY, data, "data.on_bad_rows=skip", "evaluation.data={split_off: 1}", "--dry-run", "--json")
+    facts = json.loads(told.stdout)
+    assert facts["prompts"] == {"train": 3, "held_out": 1, "skipped": 4}
+    assert "4 rows are left out" in facts["notes"][0]
+
+
+def test_a_resume_on_other_data_is_refused(tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "q", "answer": "4", "task": "gsm8k"}))
+    config = load_config(_config(tmp_path, f"data: {{kind: jsonl, path: {data}}}"))
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.make()
+    folder.write_config(config)
+    prompts_of_run(config, folder)
+    data.write_text(json.dumps({"prompt": "other", "answer": "4", "task": "gsm8k"}))
+    assert "is not what this run began with" in refused("resume", "run", DELTAL_RUNS=str(tmp_path))
 
 
 def test_a_model_folder_without_weights_or_tokenizer_is_named(tmp_path: Path):

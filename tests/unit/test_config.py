@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from deltal import algorithm
-from deltal.config import ReplayConfig, RunConfig
+from deltal.config import ReplayConfig, RunConfig, SplitOff
 from deltal.config.algorithm import AlgorithmConfig
 from deltal.config.base import Settings
 from deltal.config.file import explained, load_config, resolve
@@ -394,3 +394,49 @@ def test_settings_cannot_be_changed_once_resolved() -> None:
     config = resolve(PLAIN)
     with pytest.raises(ValueError, match="frozen"):
         config.run.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data:\nkind: jsonl\npath: x", "the key kind stands at top level; it belongs below data: indent"),
+        ("data: {kind: generated}\nsteps: 5", "the key steps stands at top level; it belongs below run: indent"),
+        ("data: {kind: generated}\nrollout:\nworkers: 5", "it belongs below rollout: indent its line there"),
+        ("data: {kind: generated}\nalpha: 1", r"below algorithm\.aggregation, .*algorithm\.aggregation\.alpha=…"),
+        ("data: {kind: generated}\nrolout: {}", "unknown key rolout; did you mean rollout"),
+    ],
+)
+def test_a_key_that_slid_out_of_its_section_is_told_where_it_belongs(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{kind: random}}\n{text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["evaluation.data={split_off: 7}"], ["evaluation.data.kind=split_off", "evaluation.data.rows=7"]],
+)
+def test_rows_held_out_can_be_asked_for_in_short_and_in_full(overrides: list[str]) -> None:
+    values = {"model": {"kind": "random"}, "data": {"kind": "generated"}}
+    for before in (None, {"kind": "generated", "name": "letters", "split": "test"}):
+        data = resolve(values | {"evaluation": {"data": before}}, overrides).evaluation.data
+        assert data == SplitOff(rows=7)
+        assert resolve(resolve(values, overrides).model_dump(mode="json")).evaluation.data == data
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{split_off: 0}", r"evaluation\.data\.rows: .*greater than or equal to 1"),
+        ("{split_off: many}", r"evaluation\.data\.rows: "),
+        ("{split_off: 5, kind: jsonl}", r"split_off stands alone: evaluation\.data=\{split_off: 5\}"),
+        ("{kind: split_of}", "the nearest is split_off"),
+    ],
+)
+def test_rows_held_out_in_a_wrong_way_are_refused(value: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve({"model": {"kind": "random"}, "data": {"kind": "generated"}}, [f"evaluation.data={value}"])
+    with pytest.raises(ConfigError, match=r"data\.kind = 'split_off' is none of"):
+        resolve({"model": {"kind": "random"}, "data": {"kind": "split_off", "rows": 1}})

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from deltal.config import DataConfig, JsonlData, ReasoningGymData, RunConfig, VerifyConfig
 from deltal.data.datasets import load_prompts
 from deltal.data.held_out import question, split_off
-from deltal.errors import DataError
+from deltal.errors import DataError, UserError
 from deltal.folder import RunFolder
 from deltal.plan.prompts import checked_prompts, checked_set, prompts_of_run
+from deltal.results.offline import held_out_prompts
 from deltal.types import Message, Prompt
 from deltal.verify.registry import VERIFIERS, gold_faults
 from deltal.verify.sandbox.pool import SandboxPool
@@ -238,3 +239,25 @@ def test_what_is_odd_about_the_data_is_said(tmp_path: Path) -> None:
     assert "split_off" in " ".join(other)
     same = checked_prompts(config_of(file, held_out={"kind": "jsonl", "path": str(file)})).notes
     assert "20 of 20 questions of evaluation.data stand in data too" in " ".join(same)
+
+
+def test_rows_to_measure_on_are_read_by_the_section_that_the_message_names(tmp_path: Path) -> None:
+    file = written(tmp_path, [{"prompt": "q", "answer": "1"}], "own.jsonl")
+    settings = config_of(written(tmp_path, GOOD))
+    for held_out, section in (
+        (None, "data"),
+        ({"split_off": 3}, "data"),
+        ({"kind": "jsonl", "path": str(file)}, "evaluation.data"),
+    ):
+        asked = config_of(written(tmp_path, GOOD), held_out=held_out)
+        with pytest.raises(DataError, match=rf"own\.jsonl:1: no column 'task', and {section}\.task is not set"):
+            held_out_prompts(str(file), asked)
+    asked = config_of(written(tmp_path, GOOD), held_out={"kind": "jsonl", "path": str(file), "task": "gsm8k"})
+    assert held_out_prompts(None, asked)[0] == held_out_prompts(str(file), asked)[0]
+    with pytest.raises(UserError, match="the settings name no evaluation data"):
+        held_out_prompts(None, settings)
+
+
+def test_an_own_evaluation_sees_what_was_split_off_and_nothing_else(tmp_path: Path) -> None:
+    config = config_of(written(tmp_path, GOOD), held_out={"split_off": 3})
+    assert held_out_prompts(None, config)[0] == checked_prompts(config).held_out

@@ -88,7 +88,7 @@ class SplitOff(Settings):
 def _written_out(value: Any) -> Any:
     if isinstance(value, Mapping) and "split_off" in value:
         if set(value) != {"split_off"}:
-            raise ValueError(f"split_off stands alone: {{split_off: {value['split_off']}}}")
+            raise ValueError(f"split_off stands alone: evaluation.data={{split_off: {value['split_off']}}}")
         return {"kind": "split_off", "rows": value["split_off"]}
     return value
 

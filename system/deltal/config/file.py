@@ -42,7 +42,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: 
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from None
+        raise ConfigError(f"{where}: {_misplaced(error, merged) or _explain(error)}") from None
 
 
 def explained(config: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
@@ -144,6 +144,41 @@ def _explain(error: ValidationError) -> str:
     given = first["input"]
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     return f"{dotted}: {message}{shown}" if dotted else message
+
+
+def _misplaced(error: ValidationError, values: Mapping[str, Any]) -> str | None:
+    """What is said of a key at top level that belongs into a section: most often its line lacks its indentation."""
+    for mistake in error.errors():
+        key = str(mistake["loc"][0]) if mistake["loc"] else ""
+        if mistake["type"] != "extra_forbidden" or len(mistake["loc"]) > 1:
+            continue
+        sections = [path for path in _sections(RunConfig) if key in _keys_of(path)]
+        # A section that was opened and left empty is the one whose lines slid out.
+        empty = [path for path in sections if path in values and values[path] is None]
+        if sections:
+            likely = (empty or sections)[:5]
+            return (
+                f"the key {key} stands at top level; it belongs below {', '.join(likely)}: indent its line there (on "
+                f"the command line: {likely[0]}.{key}=…)"
+            )
+    return None
+
+
+def _sections(settings: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Dotted names of all sections, those of the outermost level first."""
+    inner = {name: _models(field.annotation) for name, field in settings.model_fields.items()}
+    yield from (f"{prefix}{name}" for name, choices in inner.items() if choices)
+    for name, choices in inner.items():
+        for choice in choices:
+            yield from _sections(choice, f"{prefix}{name}.")
+
+
+def _keys_of(section: str) -> set[str]:
+    choices: list[type[BaseModel]] = [RunConfig]
+    for name in section.split("."):
+        fields = [choice.model_fields[name] for choice in choices if name in choice.model_fields]
+        choices = [model for field in fields for model in _models(field.annotation)]
+    return {key for choice in choices for key in choice.model_fields}
 
 
 def _walk(place: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:

@@ -41,9 +41,11 @@ def amended(config: RunConfig, overrides: Sequence[str], *, done: int) -> RunCon
         if key == "run.steps":
             _check_steps(config, changed.run.steps, done)
         elif not any(fnmatch(key, pattern) for pattern in FREE):
+            # A run that has trained nothing has no weights of its own to begin from.
+            whence, start = (" from this one's weights", f" --from {config.run.name}") if done else ("", "")
             raise ConfigError(
                 f"{key} = {before.get(key)} is fixed for a run: it decides what is trained or measured; to begin a new "
-                f"run from this one's weights: deltal train CONFIG --from {config.run.name} {key}={after.get(key)}"
+                f"run{whence}: deltal train CONFIG{start} {key}={after.get(key)}"
             )
     return changed
 
