@@ -62,7 +62,7 @@ class LedgerError(DeltalError):
 
 
 class FilteredTooManyError(DeltalError):
-    """More than `max_refill` batches' worth of groups in a row had equal rewards."""
+    """More than `max_refill` batches' worth of groups in a row were filtered, not only for prompts too long."""
 
 
 class LearnerError(DeltalError):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from deltal.config import ReplayConfig
-from deltal.errors import FilteredTooManyError, LearnerError
+from deltal.errors import DataError, FilteredTooManyError, LearnerError
 from deltal.replay.buffer import ReplayBuffer, Waiting
 from deltal.replay.journal import decode, encode
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Record, Trained
@@ -96,7 +96,7 @@ def outcome_of(buffer: ReplayBuffer, version: int) -> Any:
     """What `sample` would answer, errors included; changes nothing."""
     try:
         return buffer.sample(version)
-    except FilteredTooManyError as error:
+    except (FilteredTooManyError, DataError) as error:
         return str(error)
 
 
@@ -167,7 +167,7 @@ class ReplayMachine(RuleBasedStateMachine):
         limit = self.run.settings.max_refill * self.run.settings.prompts_per_batch
         try:
             outcome = self.run.sample(version)
-        except FilteredTooManyError:
+        except (FilteredTooManyError, DataError):
             assert not known
             assert self.filtered_in_a_row > limit
             return
@@ -487,10 +487,25 @@ def test_filtering_refills_a_batch_until_too_many_in_a_row_were_filtered() -> No
         run.train()
     for _ in range(7):
         run.finish(run.issue(1)[0] if not run.unfinished else run.unfinished[0], rewards=EQUAL)
-    with pytest.raises(FilteredTooManyError, match=r"7 groups in a row were filtered .* before batch 2"):
+    with pytest.raises(FilteredTooManyError, match=r"7 groups in a row were filtered before batch 2"):
         run.buffer.sample(2)
     with pytest.raises(FilteredTooManyError):
         run.rebuilt().sample(2)
+
+
+def test_prompts_that_are_all_too_long_are_the_users_mistake_and_name_the_setting() -> None:
+    run = Run(max_refill=1, per_batch=2, ahead=0, staleness=0)
+    for _ in range(3):
+        run.finish(run.issue(1)[0] if not run.unfinished else run.unfinished[0], rewards=())
+    for buffer in (run.buffer, run.rebuilt()):
+        with pytest.raises(DataError, match=r"3 prompts in a row were longer than chat\.max_prompt_tokens") as caught:
+            buffer.sample(0)
+        assert caught.value.exit_code == 2
+    mixed = Run(filter="equal_rewards", max_refill=1, per_batch=2, ahead=0, staleness=0)
+    for rewards in ((), EQUAL, ()):
+        mixed.finish(mixed.issue(1)[0] if not mixed.unfinished else mixed.unfinished[0], rewards=rewards)
+    with pytest.raises(FilteredTooManyError, match=r"3 groups in a row were filtered .* 2 of them for prompts longer"):
+        mixed.buffer.sample(0)
 
 
 def test_a_batch_that_is_whole_is_given_however_many_were_filtered() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from deltal.results.rows import stalled
 from deltal.run.progress import before_after_table, duration, render, trend
 
 NAN = float("nan")
@@ -128,3 +129,31 @@ def test_durations_are_told_in_the_unit_that_fits() -> None:
         "–",
         "–",
     ]
+
+
+@pytest.mark.parametrize(
+    ("mixed", "cut", "said"),
+    [
+        ([0, 0, 0], 0.5, "all responses to a prompt got the same reward (mean 0.250)"),
+        ([0, 0, 0], 1.0, "all responses were cut at rollout.max_response_tokens"),
+        ([4, 0, 0, 0], 0.5, "nothing was learned"),
+        ([0, 0], 0.5, None),
+        ([0, 0, 1], 0.5, None),
+        ([0, 0, None], 0.5, None),
+    ],
+)
+def test_steps_from_which_nothing_is_learned_are_told(mixed: list[Any], cut: float, said: str | None) -> None:
+    rows = [
+        {"step": n, "mixed_groups": count, "reward": 0.25, "overlong": cut, "grad_norm": 0.0}
+        for n, count in enumerate(mixed)
+    ]
+    told = stalled(rows)
+    assert stalled([row | {"grad_norm": 0.1} for row in rows]) is None  # A term beside the rewards moves the weights.
+    assert told is None if said is None else said in str(told)
+
+
+def test_rows_left_out_are_shown_only_where_there_are_any() -> None:
+    assert "rows left out" not in printed(render(STATUS, []))
+    shown = printed(render(STATUS | {"rows_skipped": 12}, []))
+    assert "rows left out" in shown
+    assert "12" in shown

@@ -151,7 +151,7 @@ def _plan_only(settings: RunConfig, config: str, gpus: str | None, as_json: bool
     unseen = check_inputs(settings, hub=False)
     prompts = None if hub_data(settings) else checked_prompts(settings)
     planned, available = plan(settings), named_gpus(gpus) if gpus else machine()
-    problems, notes = planned.problems(available), prompts.notes if prompts else ()
+    problems, notes = planned.problems(available), _notes(settings, prompts) if prompts else []
     if as_json:
         told: dict[str, Any] = {"problems": problems, "not_looked_at": unseen, "notes": notes}
         if prompts:
@@ -187,9 +187,17 @@ def _check(settings: RunConfig, *, local: bool, folder: Any = None) -> RunPrompt
     if local:
         check(settings, machine())
     prompts = checked_prompts(settings, known=folder.read_json(RECORD) if folder else None)
-    for note in prompts.notes:
+    for note in _notes(settings, prompts):
         err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     return prompts
+
+
+def _notes(settings: RunConfig, prompts: RunPrompts) -> list[str]:
+    """What a person should know of the data before a run starts. Raises DataError when all prompts are too long."""
+    from deltal.plan.prompt_lengths import length_note
+
+    note = length_note(settings, prompts.train)
+    return [*prompts.notes, *([note] if note else [])]
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:

@@ -12,11 +12,12 @@ groups were left behind after batch 0, one of them would miss batch 1, so the le
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deltal.config import ReplayConfig
-from deltal.errors import FilteredTooManyError, LearnerError
+from deltal.errors import DataError, DeltalError, FilteredTooManyError, LearnerError
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Ledger, Record, Trained
 from deltal.types import Fate, GroupId, Receipt, ScoredGroup
 
@@ -42,7 +43,7 @@ class ReplayBuffer:
         self.batches = batches
         self.ready: dict[GroupId, ScoredGroup] = {}
         self.duplicates = self.refused = 0
-        self._filtered_in_a_row = 0
+        self._filtered_in_a_row = Counter[str]()
 
     def apply(self, record: Record) -> None:
         """Fold one record into the state. Raises LedgerError when it breaks the law."""
@@ -50,12 +51,12 @@ class ReplayBuffer:
         match record:
             case Admitted(scored, None):
                 self.ready[scored.group.id] = scored
-            case Admitted():
-                self._filtered_in_a_row += 1
+            case Admitted(_, reason):
+                self._filtered_in_a_row[str(reason)] += 1
             case Evicted(id):
                 self.ready.pop(id, None)
             case BatchFormed():
-                self._filtered_in_a_row = 0
+                self._filtered_in_a_row.clear()
             case Trained(version):
                 # Kept until here, so that ranks and a quickly restarted learner get the batch from memory.
                 for id in self.ledger.batches[version]:
@@ -96,7 +97,8 @@ class ReplayBuffer:
     def sample(self, version: int) -> BatchFormed | tuple[GroupId, ...] | Waiting:
         """Batch `version`: a new record, the ids of a recorded one, or why there is none yet.
 
-        Raises LearnerError when `version` is above the next one, FilteredTooManyError when filtering starves it.
+        Raises LearnerError when `version` is above the next one, FilteredTooManyError when filtering starves it, and
+        DataError when prompts that are all too long do.
         """
         ledger, settings = self.ledger, self.settings
         if version < len(ledger.batches):
@@ -107,11 +109,8 @@ class ReplayBuffer:
             return Waiting(why=f"batch {version - 1} to be published")
         finished = [id for id in ledger.open if id in self.ready]
         if len(finished) < settings.prompts_per_batch:
-            if self._filtered_in_a_row > settings.max_refill * settings.prompts_per_batch:
-                raise FilteredTooManyError(
-                    f"{self._filtered_in_a_row} groups in a row were filtered (rewards equal, or prompt too long) "
-                    f"before batch {version}: the task is too easy or too hard, or replay.filter should be `none`"
-                )
+            if self._filtered_in_a_row.total() > settings.max_refill * settings.prompts_per_batch:
+                raise self._starved(version)
             missing = settings.prompts_per_batch - len(finished)
             return Waiting(why=f"{missing} of {settings.prompts_per_batch} groups, {self._in_flight_text()}")
         chosen = tuple(finished[: settings.prompts_per_batch])
@@ -137,6 +136,21 @@ class ReplayBuffer:
     def unaccounted(self, present: set[GroupId]) -> list[GroupId]:
         """Issued groups without an outcome that are not in `present` (queues and leases), in issue order."""
         return [id for id, entry in self.ledger.open.items() if not entry.admitted and id not in present]
+
+    def _starved(self, version: int) -> DeltalError:
+        """Why there is no batch, with the setting to change."""
+        count, too_long = self._filtered_in_a_row.total(), self._filtered_in_a_row["prompt_too_long"]
+        if too_long == count:
+            return DataError(
+                f"{count} prompts in a row were longer than chat.max_prompt_tokens before batch {version}: raise it, "
+                "or take longer rows out of data"
+            )
+        beside = f", {too_long} of them for prompts longer than chat.max_prompt_tokens" if too_long else ""
+        return FilteredTooManyError(
+            f"{count} groups in a row were filtered before batch {version}{beside}: all responses to a prompt got the "
+            "same reward; the task is too easy or too hard, or its verifier does not find what the responses answer, "
+            "or replay.filter should be `none`"
+        )
 
     def _filter_reason(self, scored: ScoredGroup) -> str | None:
         if not scored.group.responses:

@@ -36,6 +36,24 @@ def column(rows: Iterable[Row], *path: str) -> list[float]:
     return [number(at(row, *path)) for row in rows]
 
 
+STALLED_STEPS = 3
+"""So many steps in a row without a group to learn from are no accident."""
+
+
+def stalled(rows: Iterable[Row]) -> str | None:
+    """One line when the last steps had no gradient, since no group's rewards differed; else None."""
+    last = last_rows(rows)[-STALLED_STEPS:]
+    moved = any(number(row.get(name)) != 0 for row in last for name in ("mixed_groups", "grad_norm"))
+    if len(last) < STALLED_STEPS or moved:
+        return None
+    reward, cut = (sum(column(last, name)) / len(last) for name in ("reward", "overlong"))
+    because = "; all responses were cut at rollout.max_response_tokens" if cut == 1.0 else ""
+    return (
+        f"nothing was learned in the last {STALLED_STEPS} steps: all responses to a prompt got the same reward (mean "
+        f"{reward:.3f}{because}); look at task, template and difficulty of data"
+    )
+
+
 def items(value: Any) -> list[Any]:
     """The entries of a JSON list; none when `value` is no list."""
     return list(value) if isinstance(value, list | tuple) else []

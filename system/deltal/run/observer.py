@@ -12,7 +12,7 @@ from deltal.errors import FolderError
 from deltal.folder import RunFolder
 from deltal.monitor.metrics import ControllerMetrics
 from deltal.results.report import write_report
-from deltal.results.rows import last_rows
+from deltal.results.rows import last_rows, stalled
 from deltal.results.statistics import best_of, paired_gain
 from deltal.run.evaluation import Evaluation
 from deltal.run.supervisor import Supervisor
@@ -41,6 +41,7 @@ class Observer:
         self._workers: dict[str, dict[str, Any]] = {}
         self._learner: dict[str, Any] = {}
         self._pending: dict[str, dict[str, Any]] = {}
+        self._has_told_stall = False
         self._restarts_told: dict[str, int] = {}
         self.rows_skipped = int(earlier.get("rows_skipped") or 0)
         self._skipped_told = 0
@@ -107,6 +108,10 @@ class Observer:
         """A finished step; completed here with what the learner does not know."""
         row["rollout_tokens_per_second"] = self._rollout_rate()
         self._rows[row["step"]] = row
+        told = stalled(self._rows.values())
+        if told and not self._has_told_stall:
+            self.say(told)
+        self._has_told_stall = told is not None
         self._step_times.append(time.monotonic())
 
     def take_evaluation(self, row: dict[str, Any]) -> None:

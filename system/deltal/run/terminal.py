@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from deltal.folder import RunFolder
+from deltal.results.rows import stalled
 from deltal.run.progress import before_after_table, render
 
 Status = dict[str, Any]
@@ -36,6 +37,9 @@ def tell_outcome(out: Console, err: Console, folder: RunFolder, summary: dict[st
         err.print(f"[bold red]deltal:[/] {escape(summary['error'])}", soft_wrap=True)
         return
     out.print(before_after_table(summary))
+    told = stalled(folder.rows("metrics.jsonl"))
+    if told:
+        out.print(f"[yellow]note[/]     {escape(told)}", soft_wrap=True)
     if state == "stopped":
         out.print(f"stopped at step {summary['steps']}; go on with: deltal resume {name}")
         return
