@@ -397,6 +397,11 @@ def test_generated_and_sample_prompts_accept_their_own_answers() -> None:
         assert verify(prompt, rf"\boxed{{{prompt.answer}}}").correct
 
 
+def test_a_gold_answer_may_be_a_number() -> None:
+    for answer, text in ((72, "72"), (72.0, "72"), (1e16, "10000000000000000"), (0.1, "0.1")):
+        assert verify({"task": "gsm8k", "answer": answer}, text).correct
+
+
 def test_a_response_is_taken_as_its_text() -> None:
     empty = np.zeros(0)
     response = Response(tokens=empty, logprobs=empty, mask=empty, spans=(), finish="stop", text="it is 98")  # type: ignore[arg-type]
@@ -419,6 +424,7 @@ def test_a_response_is_taken_as_its_text() -> None:
         ({"task": "code", "answer": "1"}, "needs the field 'test'"),
         ({"task": "reasoning_gym", "answer": "1"}, "needs the field 'name'"),
         ({"task": "math"}, "a prompt without answer"),
+        ({"task": "gsm8k", "answer": ["72"]}, "the answer of a prompt holds a list"),
     ],
 )
 def test_a_prompt_that_cannot_be_judged_is_named(prompt: dict[str, Any], message: str) -> None:

@@ -32,8 +32,8 @@ def evaluate(
     from deltal.results.offline import held_out_prompts, model_and_settings
 
     folder, settings = model_and_settings(model, config, overrides or [])
-    found, notes = held_out_prompts(data, settings)
-    for note in notes:
+    found, note = held_out_prompts(data, settings)
+    if note:
         err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     chosen = found[: prompts or settings.evaluation.prompts]
     with progress_bar("sampling") as advance:
@@ -76,8 +76,8 @@ def variance(
     from deltal.results.variance import instrument, table, write
 
     where, settings = model_and_settings(model, config, overrides or [])
-    found, notes = held_out_prompts(data, settings)
-    for note in notes:
+    found, note = held_out_prompts(data, settings)
+    if note:
         err.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     chosen = found[:prompts]
     temperature = settings.rollout.temperature

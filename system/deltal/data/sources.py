@@ -40,7 +40,7 @@ def parquet_rows(config: ParquetData) -> Iterator[Placed]:
     try:
         with fsspec.open(file, "rb") as opened:
             for records in pyarrow.parquet.ParquetFile(opened).iter_batches():
-                for row in _records(records):
+                for row in _records(records, file):
                     yield f"{file}, row {number}", row
                     number += 1
     except (OSError, ImportError, ValueError) as error:  # pyarrow's errors are OSError and ValueError
@@ -64,14 +64,14 @@ def hf_rows(config: HfData) -> Iterator[Placed]:
             loaded = datasets.load_dataset(config.name, config.subset, split=config.split)
     except Exception as error:  # datasets raises its own, requests', OSError and ValueError alike
         raise DataError(f"data set {config.name!r} ({config.split}) cannot be loaded: {one_line(error)}") from error
-    number = 0
+    place, number = f"data set {config.name} ({config.split})", 0
     for records in loaded.with_format("arrow").iter(1000):
-        for row in _records(records):
-            yield f"data set {config.name} ({config.split}), row {number}", row
+        for row in _records(records, place):
+            yield f"{place}, row {number}", row
             number += 1
 
 
-def _records(records: Any) -> Iterator[Row]:
+def _records(records: Any, place: str) -> Iterator[Row]:
     """Rows of an Arrow table. Narrow floats are read as they were written: 0.1 as float32 is no 0.10000000149."""
     import numpy as np
     import pyarrow.types
@@ -79,7 +79,7 @@ def _records(records: Any) -> Iterator[Row]:
     names = records.schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the column {twice!r} stands twice")
+        raise DataError(f"{place}: the column {twice!r} stands twice")
     narrow = {
         field.name: np.float32 if pyarrow.types.is_float32(field.type) else np.float16
         for field in records.schema

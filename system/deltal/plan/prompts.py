@@ -18,7 +18,7 @@ from deltal.data.held_out import question, split_off
 from deltal.errors import DataError
 from deltal.folder import RunFolder
 from deltal.types import Prompt
-from deltal.verify.registry import gold_faults
+from deltal.verify.registry import find, gold_faults
 from deltal.verify.sandbox.pool import SandboxPool
 
 RECORD = "data.json"
@@ -60,6 +60,8 @@ def checked_set(
     Raises DataError that names all broken rows at once, by FILE:LINE, unless `on_bad_rows` is `skip`; and when the data
     are not those of the record.
     """
+    if config.task is not None:
+        find(config.task)
     loaded = read(config, section)
     digest = _digest(loaded.prompts, config)
     if known is not None and known.get("digest") != digest:

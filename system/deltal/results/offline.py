@@ -132,11 +132,12 @@ def data_source(data: str | None, settings: RunConfig) -> tuple[DataConfig, str]
     return (ParquetData if data.endswith(".parquet") else JsonlData)(path=data, **shared), section
 
 
-def held_out_prompts(data: str | None, settings: RunConfig) -> tuple[list[Prompt], tuple[str, ...]]:
+def held_out_prompts(data: str | None, settings: RunConfig) -> tuple[list[Prompt], str | None]:
     """The prompts to measure on, and what a person should know of them. Raises UserError."""
     if data is None and isinstance(settings.evaluation.data, SplitOff):
         both = checked_prompts(settings)
-        return both.held_out, both.notes
-    found = checked_set(*data_source(data, settings), settings.verify)
-    left_out = found.problems.count
-    return found.prompts, (f"{left_out} rows are left out: {found.problems}",) if left_out else ()
+        prompts, left_out = both.held_out, both.rows_skipped
+    else:
+        found = checked_set(*data_source(data, settings), settings.verify)
+        prompts, left_out = found.prompts, found.problems.count
+    return prompts, f"rows left out, because they cannot be read or judged: {left_out}" if left_out else None

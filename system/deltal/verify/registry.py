@@ -225,7 +225,11 @@ def _as_prompt(given: Mapping[str, Any]) -> Prompt:
     missing = [name for name in ("task", "answer") if given.get(name) is None]
     if missing:
         raise DataError(f"a prompt without {' and '.join(missing)} cannot be verified")
+    from deltal.data.columns import written  # Here only: a sandboxed process does without what this file needs.
+
     fields = {name: value for name, value in given.items() if name not in ("id", "task", "answer")}
-    return Prompt(
-        id=str(given.get("id", "")), task=str(given["task"]), messages=(), answer=str(given["answer"]), fields=fields
-    )
+    try:
+        answer = written(given["answer"])
+    except DataError as error:
+        raise DataError(f"the answer of a prompt {error}") from None
+    return Prompt(id=str(given.get("id", "")), task=str(given["task"]), messages=(), answer=answer, fields=fields)
