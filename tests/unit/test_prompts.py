@@ -54,6 +54,7 @@ def checked(config: DataConfig) -> list[Prompt]:
         ({"task": "code", "answer": "-"}, "needs the field 'test'"),
         ({"task": "code", "answer": "-", "tests": "assert True"}, "no list of statements"),
         ({"task": "code", "answer": "-", "test": "x", "entry_point": "1x"}, "is no name"),
+        ({"task": "code", "answer": "-", "test": {"a": 1}, "entry_point": "f"}, "'test' of a code prompt is no text"),
         ({"task": "reasoning_gym", "answer": "1", "name": "chain_sum"}, "needs the field 'entry'"),
         ({"task": "reasoning_gym", "answer": "1", "name": "chain_summ", "entry": {}}, "no task 'chain_summ'"),
         ({"task": "math", "answer": r"\frac{1}{2"}, "brace that is never closed"),

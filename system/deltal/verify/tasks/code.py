@@ -45,6 +45,8 @@ def code(answer: str, fields: Mapping[str, Any], text: str, *, timeout: float, m
 def code_gold(answer: str, fields: Mapping[str, Any]) -> None:
     """Whether a row can be judged: it has its tests. The gold program is not run. Raises DataError."""
     if fields.get("test") is not None:
+        if not isinstance(fields["test"], str):
+            raise DataError("the field 'test' of a code prompt is no text")
         name = str(needed(fields, "entry_point", "code"))
         needed(fields, "prompt", "code")
         if not name.isidentifier():
