@@ -238,6 +238,9 @@ def test_what_is_odd_about_the_data_is_said(tmp_path: Path) -> None:
     other = checked_prompts(config_of(file, held_out={"kind": "generated", "name": "letters", "size": 4})).notes
     assert "evaluation.data asks for letters, data for gsm8k" in " ".join(other)
     assert "split_off" in " ".join(other)
+    more = config_of(file, held_out={"split_off": 5})
+    more = more.model_copy(update={"evaluation": more.evaluation.model_copy(update={"prompts": 3})})
+    assert "holds 5 rows out of training, evaluation.prompts = 3 of them" in " ".join(checked_prompts(more).notes)
     same = checked_prompts(config_of(file, held_out={"kind": "jsonl", "path": str(file)})).notes
     assert "20 of 20 questions of evaluation.data stand in data too" in " ".join(same)
 

@@ -129,6 +129,12 @@ def _remarks(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> 
             f"data has {len(train)} prompts and a batch takes {batch} (replay.prompts_per_batch): each stands in every "
             "batch more than once"
         )
+    held = config.evaluation.data
+    if isinstance(held, SplitOff) and held.rows > config.evaluation.prompts:
+        remarks.append(
+            f"evaluation.data holds {held.rows} rows out of training, evaluation.prompts = {config.evaluation.prompts} "
+            "of them are used"
+        )
     foreign = {prompt.task for prompt in held_out} - {prompt.task for prompt in train}
     if foreign:
         remarks.append(
