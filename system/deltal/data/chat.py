@@ -1,4 +1,4 @@
-"""Messages to prompt tokens and response tokens to text: the only file that knows the tokenizer."""
+"""Messages to prompt tokens and response tokens to text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltal.config import ChatConfig
+from deltal.data.tokenizer import folder_of, open_tokenizer, switch_off_extras
 from deltal.errors import ConfigError, DataError, ModelError, one_line
 from deltal.types import Message, Prompt
 
@@ -45,14 +46,9 @@ class Chat:
     """
 
     def __init__(self, tokenizer_folder: str, settings: ChatConfig) -> None:
-        """Loads the tokenizer. Raises ModelError when the folder holds none."""
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for one and the same cause
-            raise ModelError(f"no tokenizer can be loaded from {tokenizer_folder!r}: {one_line(error)}") from error
-        self._folder = tokenizer_folder
+        """Loads the tokenizer of a folder or hub name. Raises ModelError when there is none that can be used."""
+        self._tokenizer: Any = open_tokenizer(tokenizer_folder)
+        self._folder = folder_of(tokenizer_folder)
         self._settings = settings
         self._plain = _without_special_tokens(self._tokenizer)
         self._special = tuple(
@@ -67,7 +63,7 @@ class Chat:
     @functools.cached_property  # asked for with every response, and get_vocab() takes 50 ms
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a response, ascending: the tokenizer's eos, those of generation_config.json, chatml's end."""
-        stops = {self._tokenizer.eos_token_id} | _generation_eos(Path(self._folder))
+        stops = {self._tokenizer.eos_token_id} | _generation_eos(self._folder)
         if self._settings.template == "chatml":
             stops.add(self._tokenizer.get_vocab().get(CHATML_END))
         return tuple(sorted(stop for stop in stops if stop is not None))
@@ -142,14 +138,12 @@ class Chat:
 
 
 def _without_special_tokens(tokenizer: Any) -> Any:
-    """A copy of the tokenizer for which special-token strings are ordinary text. Raises ModelError if it cannot be."""
+    """A copy of the tokenizer for which special-token strings are ordinary text."""
     from tokenizers import Tokenizer
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer: convert it to tokenizer.json first")
-    copy = Tokenizer.from_str(backend.to_str())
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.encode_special_tokens = True
+    switch_off_extras(copy)
     return copy
 
 

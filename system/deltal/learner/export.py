@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from deltal.config.lora import Lora
+from deltal.data.tokenizer import copy_tokenizer
 from deltal.errors import UserError, one_line
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.lora import adapt, fold, write_adapter
-from deltal.learner.model import copy_tokenizer, load, prepare
+from deltal.learner.model import load, prepare
 
 TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
 """The line of a model card by which a later export knows its own."""

@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
+from deltal.data.tokenizer import copy_tokenizer
 from deltal.errors import ModelError, one_line
 from deltal.learner.attention import packed_attention
 from deltal.learner.head import attach
@@ -193,17 +193,3 @@ def _convert_gguf(model: GgufPackageModel, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
-
-
-def copy_tokenizer(source: str, target: Path) -> None:
-    """Write the tokenizer and generation settings of a folder or hub name into `target`."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise ModelError(f"the tokenizer of {source} cannot be loaded: {one_line(error, line=0)}") from error
-    tokenizer.save_pretrained(target)
-    settings = Path(source) / "generation_config.json"
-    if settings.exists():
-        shutil.copy(settings, target / settings.name)

@@ -50,6 +50,8 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
     on_gpu = settings.num_gpus > 0
     arguments = EngineArgs(
         model=model,
+        # Tokens go in and come out; vLLM's own copy would be built by the class a config names (see data/tokenizer.py).
+        skip_tokenizer_init=True,
         dtype=settings.dtype,
         max_model_len=max_model_len,
         max_num_seqs=settings.max_sequences,
