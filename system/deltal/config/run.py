@@ -16,6 +16,10 @@ from deltal.config.lora import LoraConfig, NoLora
 # --- model ---------------------------------------------------------------------------------------
 
 
+RANDOM_POSITIONS = 4096
+"""Longest sequence of a random model."""
+
+
 class ModelShape(Settings):
     """Shape of a decoder-only transformer: enough to plan memory, or to make a random model."""
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
+from deltal.config.run import RANDOM_POSITIONS
 from deltal.data.tokenizer import copy_tokenizer
 from deltal.errors import ModelError, one_line
 from deltal.learner.attention import packed_attention
@@ -123,7 +124,7 @@ def hf_config(shape: ModelShape) -> Any:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=4096,
+        max_position_embeddings=RANDOM_POSITIONS,
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,

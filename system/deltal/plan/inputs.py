@@ -7,7 +7,7 @@ from pathlib import Path
 from deltal.config import RunConfig
 from deltal.data.chat import check_template
 from deltal.data.datasets import load_prompts
-from deltal.plan.model_folder import check_model_folder
+from deltal.plan.model_inputs import check_model
 from deltal.verify.registry import find
 
 
@@ -16,12 +16,9 @@ def check_inputs(settings: RunConfig, *, hub: bool = True) -> list[str]:
 
     Returns what was not looked at: names of hub models, and without `hub` names of hub data sets.
     """
-    unseen = []
+    unseen: list[str] = []
     check_template(settings.chat)
-    if settings.model.kind == "hf":
-        check_model_folder(settings.model.path)
-        if not Path(settings.model.path).expanduser().exists():
-            unseen.append(f"model {settings.model.path}")
+    unseen += check_model(settings, hub=hub)
     for data in (settings.data, settings.evaluation.data):
         if data is not None and data.kind == "hf" and not hub and not Path(data.name).exists():
             unseen.append(f"data set {data.name}")

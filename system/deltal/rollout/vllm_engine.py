@@ -15,10 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from deltal.config import RolloutConfig
+from deltal.errors import ModelError, one_line
 from deltal.rollout.engine import Sampled, Sampling, Shard
 from deltal.types import Finish, Span
 
 BACKEND = "deltal_arrays"
+NEVER_AGAIN = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
+"""What vLLM raises for a model or a setting it does not take: pydantic's errors are ValueErrors. They follow from files
+and settings alone, so another worker would meet the same: the user's to mend, at once. CUDA errors and lack of memory
+(RuntimeError, MemoryError), files and networks (OSError) may be better in a minute: that worker dies and is replaced.
+"""
 
 
 def environment(settings: RolloutConfig) -> dict[str, str]:
@@ -38,7 +44,10 @@ def environment(settings: RolloutConfig) -> dict[str, str]:
 
 
 def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int) -> VllmEngine:
-    """An engine with the weights of `model` (a folder or hub name); load a policy version before sampling."""
+    """An engine with the weights of `model` (a folder or hub name); load a policy version before sampling.
+
+    Raises ModelError, in one line, when vLLM cannot run this model with these settings.
+    """
     os.environ.update(environment(settings))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # It would win over our own figure, and knows whole GiB only.
     from vllm import EngineArgs
@@ -48,27 +57,32 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
     torch.set_num_threads(settings.threads)
     _register_backend()
     on_gpu = settings.num_gpus > 0
-    arguments = EngineArgs(
-        model=model,
-        # Tokens go in and come out; vLLM's own copy would be built by the class a config names (see data/tokenizer.py).
-        skip_tokenizer_init=True,
-        dtype=settings.dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_sequences,
-        # On CPU a seeded request breaks when its prefill is cut over steps, so nothing may be cut.
-        max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
-        # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
-        block_size=None if on_gpu else 32,
-        kv_cache_memory_bytes=None if on_gpu else int(settings.kv_cache_gib * 2**30),
-        enable_prefix_caching=True,
-        enforce_eager=not on_gpu,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        seed=seed % 2**31,
-        disable_log_stats=True,
-        logprobs_mode="processed_logprobs",  # After temperature: the distribution that is sampled from.
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-    )
-    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        arguments = EngineArgs(
+            model=model,
+            # Tokens go in and come out. Its own tokenizer would be of the class a config names (see data/tokenizer.py).
+            skip_tokenizer_init=True,
+            dtype=settings.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_sequences,
+            # On CPU a seeded request breaks when its prefill is cut over steps, so nothing may be cut.
+            max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
+            # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
+            block_size=None if on_gpu else 32,
+            kv_cache_memory_bytes=None if on_gpu else int(settings.kv_cache_gib * 2**30),
+            enable_prefix_caching=True,
+            enforce_eager=not on_gpu,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            seed=seed % 2**31,
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",  # After temperature: the distribution that is sampled from.
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        )
+        engine = LLMEngine.from_engine_args(arguments)
+    except NEVER_AGAIN as error:
+        if "memory" in one_line(error).lower():
+            raise  # Another process may give some back, a learner that is ended for instance.
+        raise ModelError(f"vLLM cannot run {model}: {one_line(error, line=0)}") from error
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
     return VllmEngine(engine)
 

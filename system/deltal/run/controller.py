@@ -28,7 +28,7 @@ import ray
 from deltal.config import RunConfig
 from deltal.data.cursor import PromptCursor
 from deltal.data.datasets import load_prompts
-from deltal.errors import DeadlineError, DeltalError, UserError
+from deltal.errors import DeadlineError, DeltalError, UserError, one_line
 from deltal.folder import RunFolder
 from deltal.learner.actor import prepare_model
 from deltal.monitor.http import live_app, serve_app
@@ -380,14 +380,14 @@ class Controller:
         except TimeoutError:
             raise DeadlineError(f"waited in vain for {what}") from None
         except ray.exceptions.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, DeltalError) else UserError(str(cause or error)) from None
+            cause = error.cause
+            raise cause if isinstance(cause, DeltalError) else UserError(one_line(error, line=0)) from None
 
     def _fail(self, error: BaseException) -> None:
         """End the run with `error`; the first one counts."""
         if not self._failure.done():
             known = isinstance(error, DeltalError)
-            self._failure.set_exception(error if known else DeltalError(f"{type(error).__name__}: {error}"))
+            self._failure.set_exception(error if known else DeltalError(f"{type(error).__name__}: {one_line(error)}"))
 
     @contextlib.asynccontextmanager
     async def _phase(self, state: str, name: str = "") -> AsyncIterator[None]:
