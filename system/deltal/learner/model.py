@@ -85,14 +85,16 @@ def _merged_adapter(adapter: Path) -> str:
 
 
 def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The causal language model of a folder or hub name, in training mode, parameters in `dtype`.
+    """The causal language model of a folder or hub name, parameters in `dtype`, all trainable.
 
+    It is in evaluation mode and must stay so: what samples has no dropout, noise of a router or layers left out, so
+    what is trained must have none either. The config keeps what it says of them, for the export.
     Raises ModelError in one line when transformers cannot load it.
     """
     model = _from_pretrained(folder, dtype)
     model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
     attach(model)
-    return model.train()  # type: ignore[no-any-return]
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:

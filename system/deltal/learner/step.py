@@ -31,6 +31,7 @@ from deltal.config.algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, PackedMicroBatch, pack
 from deltal.learner.head import shard_head
 from deltal.learner.snapshot import Snapshot
+from deltal.learner.trunk import decoder_layers
 
 
 def shard(
@@ -47,7 +48,7 @@ def shard(
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for layer in model.get_submodule("model").get_submodule("layers").children():
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():

@@ -26,6 +26,7 @@ from deltal.learner.lora import adapt, merged
 from deltal.learner.model import load
 from deltal.learner.report import step_row
 from deltal.learner.step import StepResult, schedule, shard, train_batch
+from deltal.learner.trunk import compute_anew
 from deltal.types import Batch, ScoredGroup, TensorBytes
 
 
@@ -84,7 +85,7 @@ class Trainer:
         if not offload:
             model.to(device)
         if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            compute_anew(model)
         self._config = config
         dtype = getattr(torch, settings.compute_dtype)
         self.model = shard(model, compute_dtype=dtype, device=device, cpu_offload=offload)
@@ -198,5 +199,5 @@ def _digest(checks: Sequence[str]) -> str:
 def _reference(folder: str, settings: LearnerConfig, device: str) -> torch.nn.Module:
     """The model the run began from, frozen and sharded like the policy, held in the dtype it computes in."""
     dtype = getattr(torch, settings.compute_dtype)
-    model: Any = load(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    model: Any = load(folder, dtype=dtype).to(device).requires_grad_(False)
     return shard(model, compute_dtype=dtype, device=device)
