@@ -17,6 +17,15 @@ from deltal.errors import ConfigError, DataError, ModelError, one_line
 from deltal.types import Message, Prompt
 
 CHATML_END = "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""What `chatml` does, as a template."""
+PLAIN = "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['content'] }}{% endfor %}"
+"""What `plain` does, but for the begin token."""
+TALKS = (("user",), ("system", "user"), ("user", "assistant", "user"))
+"""Conversations on which two templates are compared."""
 
 
 def check_template(settings: ChatConfig) -> None:
@@ -82,6 +91,45 @@ class Chat:
         """Text of `tokens` (int[L]) without special tokens. Bytes that are no UTF-8 become the replacement sign."""
         ids = [int(token) for token in tokens]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def as_template(self) -> str | None:
+        """The Jinja template by which plain transformers renders this run's prompts, all but the prefill; None when the
+        model's own does already.
+        """
+        own = self._own_template()
+        named = {"model": own, "chatml": CHATML, "plain": PLAIN}
+        text = named.get(self._settings.template, self._settings.template)
+        if text is None:
+            return None
+        if self._start_tokens():
+            text = "{{ bos_token }}" + text
+        if self._settings.system_prompt:
+            # Twice is once: a conversation that brings its own, or a run that begins from the export, changes nothing.
+            said = json.dumps(self._settings.system_prompt, ensure_ascii=False)
+            text = (
+                "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
+                + said + "}] + messages %}{% endif %}" + text
+            )  # fmt: skip
+        if own is not None and all(self._said(own, talk) == self._said(text, talk) for talk in TALKS):
+            return None
+        return text
+
+    def _own_template(self) -> str | None:
+        own = self._tokenizer.chat_template
+        return own.get("default") if isinstance(own, dict) else own
+
+    def _said(self, template: str, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """What a template makes of a conversation, with and without generation prompt; or that it refuses it."""
+        talk = [{"role": role, "content": f"content {place}"} for place, role in enumerate(roles)]
+        try:
+            return tuple(
+                self._tokenizer.apply_chat_template(
+                    talk, chat_template=template, add_generation_prompt=wanted, tokenize=False
+                )
+                for wanted in (True, False)
+            )
+        except Exception as error:  # jinja2's errors, and whatever an expression inside the template raises
+            return (type(error).__name__,)
 
     def _render(self, messages: list[Message], prompt_id: str) -> str:
         template = self._settings.template

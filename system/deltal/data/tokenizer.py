@@ -63,6 +63,20 @@ def open_tokenizer(source: str) -> Any:
     return tokenizer
 
 
+def class_that_disagrees(folder: Path) -> str | None:
+    """The class that `AutoTokenizer` makes of a folder, if it does to a sample what tokenizer.json does not say."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        by_class = _by_class(folder)
+        _compare(by_class, folder / "tokenizer.json")
+    except ModelError:
+        return type(by_class).__name__
+    except Exception as error:  # transformers cannot make it at all
+        return f"{type(error).__name__}"
+    return None
+
+
 def switch_off_extras(backend: Any) -> None:
     """Some files have padding, truncation or the dropout of the tokenizer's own training switched on: not for us."""
     backend.no_truncation()
