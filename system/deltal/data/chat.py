@@ -47,6 +47,14 @@ def check_template(settings: ChatConfig) -> None:
         raise ConfigError(f"chat.template, line {error.lineno}: {one_line(error)}") from error
 
 
+def no_template(model: str) -> ConfigError:
+    """What is said of a model without a chat template where the settings want the model's own."""
+    return ConfigError(
+        f"chat.template = 'model', but {model} has no chat template: set chat.template=chatml, or plain, or a Jinja "
+        "template"
+    )
+
+
 class Chat:
     """One tokenizer with the chat settings of a run.
 
@@ -55,11 +63,15 @@ class Chat:
     """
 
     def __init__(self, tokenizer_folder: str, settings: ChatConfig) -> None:
-        """Loads the tokenizer of a folder or hub name. Raises ModelError when there is none that can be used."""
+        """Loads the tokenizer of a folder or hub name. Raises ModelError when there is none that can be used, and
+        ConfigError when it lacks the chat template that the settings ask for.
+        """
         self._tokenizer: Any = open_tokenizer(tokenizer_folder)
         self._folder = folder_of(tokenizer_folder)
         self._settings = settings
         self._plain = _without_special_tokens(self._tokenizer)
+        if settings.template == "model" and self._own_template() is None:
+            raise no_template(tokenizer_folder)
         self._special = tuple(
             token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
         )

@@ -100,6 +100,24 @@ def copy_tokenizer(source: str, target: Path) -> None:
         shutil.copyfile(file, place)
 
 
+def byte_tokenizer() -> Any:
+    """That of random models: a token a byte, one that begins a turn, and token 256, which ends it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
 def _by_class(folder: Path) -> Any:
     """As transformers builds it: the class that the folder's settings name."""
     from transformers import AutoTokenizer
@@ -109,17 +127,16 @@ def _by_class(folder: Path) -> Any:
 
 def _name_special_tokens(tokenizer: Any, folder: Path) -> None:
     """Names that stand in no file but in the class that the settings name, such as GPT-2's eos."""
-    missing = [name for name in NAMED if getattr(tokenizer, name) is None]
-    if not missing:
-        return
+    if tokenizer.eos_token is not None:
+        return  # Files that name this one name all there are; and asking the class takes seconds.
     try:
         by_class = _by_class(folder)
     except Exception:  # an unknown class names nothing
         return
     known = tokenizer.get_vocab()
-    for name in missing:
+    for name in NAMED:
         token = getattr(by_class, name, None)
-        if token is not None and token in known:
+        if token is not None and token in known and getattr(tokenizer, name) is None:
             setattr(tokenizer, name, token)
 
 

