@@ -26,6 +26,7 @@ SCALED = {"max_position_embeddings": 100}
         (SCALED | {"rope_scaling": {"type": "linear", "factor": 4.0}}, 400, "rope scaling"),
         (SCALED | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 400, "rope scaling"),
         (SCALED | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 100, "max_position_embeddings"),
+        (SCALED | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 100, "max_position_embeddings"),
         (SCALED | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 100, "max_position_embeddings"),
         (SCALED | {"rope_scaling": None}, 100, "max_position_embeddings"),
         (

@@ -20,12 +20,10 @@ from deltal.config.run import RANDOM_POSITIONS
 from deltal.data.made_models import folder_of_made, gguf_file, made_folder
 from deltal.data.tokenizer import byte_tokenizer, copy_tokenizer
 from deltal.errors import ModelError, one_line
-from deltal.learner.attention import packed_attention
+from deltal.learner.attention import ATTENTION, packed_attention
 from deltal.learner.head import attach
 from deltal.learner.lora import with_adapter
 
-ATTENTION = "deltal_packed"
-"""transformers' name for `attention.py`."""
 ADAPTER = "adapter_config.json"
 """The file by which peft knows an adapter's folder."""
 
@@ -97,6 +95,10 @@ def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except KeyError as error:
+        # Classes of attention by name: an old architecture, into which ours cannot be put.
+        why = "its attention cannot be replaced: not supported" if ATTENTION in str(error) else f"no {error}"
+        raise ModelError(f"{folder} cannot be loaded: {why}") from error
     except Exception as error:  # a cut safetensors file or a wrong shape has an exception of its own
         raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
 

@@ -185,7 +185,7 @@ def train_batch(
     device = torch.device("cuda" if settings.num_gpus > 0 else "cpu")
     keep_all = algorithm.trains_every_response
     packed = [pack(items, budget=settings.micro_batch_tokens, ranks=ranks, keep_all=keep_all)[rank] for items in cut]
-    packed = [[_moved(micro, device) for micro in micros] for micros in packed]
+    packed = [[micro.to(device) for micro in micros] for micros in packed]
     result = StepResult(sums=StepSums())
     started = time.monotonic()
     proximal: list[list[Tensor | None]] = [[None] * len(micros) for micros in packed]
@@ -260,9 +260,3 @@ def schedule(settings: LearnerConfig, steps: int) -> Callable[[int], float]:
         return decay(min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return factor
-
-
-def _moved(micro: PackedMicroBatch, device: torch.device) -> PackedMicroBatch:
-    if device.type == "cpu":
-        return micro
-    return PackedMicroBatch(**{name: getattr(micro, name).to(device) for name in micro.__dataclass_fields__})

@@ -22,9 +22,11 @@ from deltal.learner import rng
 from deltal.learner.batch import assemble, coefficients, mini_batches
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.instrument import Instrument
-from deltal.learner.lora import adapt, merged
+from deltal.learner.lora import adapt
 from deltal.learner.model import load
+from deltal.learner.published import published
 from deltal.learner.report import step_row
+from deltal.learner.self_check import check_forward
 from deltal.learner.step import StepResult, schedule, shard, train_batch
 from deltal.learner.trunk import compute_anew
 from deltal.types import Batch, ScoredGroup, TensorBytes
@@ -84,6 +86,7 @@ class Trainer:
         offload = settings.cpu_offload and device == "cuda"
         if not offload:
             model.to(device)
+        check_forward(model)
         if settings.activation_checkpointing:
             compute_anew(model)
         self._config = config
@@ -154,7 +157,7 @@ class Trainer:
         device = "cuda" if self._config.weights_stay_on_gpu else "cpu"
         tensors: dict[str, TensorBytes[Any] | torch.Tensor] = {}
         checks, size = [], 0
-        for place, (name, full) in enumerate(merged(self.model)):
+        for place, (name, full) in enumerate(published(self.model)):
             if place % ranks != rank:
                 continue
             kept = full.to(device=device, dtype=getattr(torch, name_of_dtype), copy=True).contiguous()

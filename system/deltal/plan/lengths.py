@@ -17,8 +17,10 @@ POSITIONS = (
     "max_seq_length", "seq_len",
 )  # fmt: skip
 """Names of the limit in the configs of different families; where there are several the smallest counts."""
-SCALED_ALREADY = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-"""Kinds of rope scaling under which the limit holds as it is written; others multiply it by their factor."""
+SCALED_ALREADY = ("default", "dynamic", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+"""Kinds of rope scaling under which the limit holds as it is written; others multiply it by their factor. `dynamic`
+would too, but beyond the limit transformers lets the longest sequence of a row decide for all of them.
+"""
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of a head that vLLM's attention on CPU takes; others fail at the first step, not when the engine is made."""
 
