@@ -55,7 +55,7 @@ ALLOWED = {
     "ray": RAY,
     "vllm": r"rollout/vllm_engine\.py",
     "torch": r"(algorithm|learner)/\w+\.py|rollout/vllm_engine\.py|policy/direct\.py",
-    "transformers": r"learner/(model|export)\.py|data/chat\.py",
+    "transformers": r"learner/(model|export|published)\.py|data/tokenizer\.py",
     "peft": r"learner/lora\.py",
     "prometheus_client": r"monitor/\w+\.py",
     "subprocess": r"verify/sandbox/pool\.py|run/submit\.py|cli/\w+\.py",

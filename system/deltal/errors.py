@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+from typing import Literal
 
 
 class DeltalError(Exception):
@@ -86,12 +88,41 @@ def not_written(path: object, error: OSError) -> FolderError:
     return FolderError(f"{path} cannot be written: {error.strerror or one_line(error)}; {advice}")
 
 
-def one_line(error: BaseException, *, line: int | None = None) -> str:
-    """An error's text as one line: all of it, or only its first (0) or last (-1) non-empty line, cut at 300 characters.
+FRAME = re.compile(r'\s+File ".*", line \d+')
+"""A line of a traceback."""
 
-    The class's name when the error has no text.
+
+def one_line(error: BaseException, *, line: Literal[0] | None = None) -> str:
+    """What an error says, as one line: all of it, or (0) only its first line with content, cut at 300 characters.
+
+    Of a remote call it is what the call raised, not the traceback that Ray puts before it; of a lost process the
+    reason, which Ray puts last; of pydantic's the first finding. The class's name when the error has no text.
     """
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
+    text = _finding(error) or _after_traceback(str(error))
     if line is None:
-        return " ".join(str(error).split()) or type(error).__name__
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return (lines[line] if lines else type(error).__name__)[:300]
+        return " ".join(text.split()) or type(error).__name__
+    lines = [part.strip() for part in text.splitlines() if part.strip()]
+    is_lost = getattr(error, "actor_init_failed", None) is False
+    return (lines[-1 if is_lost else 0] if lines else type(error).__name__)[:300]
+
+
+def _finding(error: BaseException) -> str:
+    """The first finding of a pydantic error, whose text begins with a count and ends with a link; else nothing."""
+    if type(error).__name__ != "ValidationError" or not callable(findings := getattr(error, "errors", None)):
+        return ""
+    finding = findings()[0]
+    place = ".".join(str(part) for part in finding.get("loc", ()))
+    said = str(finding.get("msg", "")).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{place}: {said}" if place else said
+
+
+def _after_traceback(text: str) -> str:
+    """What stands below the last traceback inside a text: the error it ended in."""
+    lines = text.splitlines()
+    frames = [number for number, line in enumerate(lines) if FRAME.match(line)]
+    if not frames:
+        return text
+    below = [number for number in range(frames[-1] + 1, len(lines)) if lines[number][:1].strip()]
+    return "\n".join(lines[below[0] :]) if below else text

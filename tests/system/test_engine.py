@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deltal.config import RandomModel, RolloutConfig
+from deltal.errors import ModelError
 from deltal.learner.model import load, prepare
 from deltal.rollout import vllm_engine
 from deltal.rollout.engine import Sampled, Sampling
@@ -150,3 +151,10 @@ def test_an_aborted_request_returns_nothing(engine: Any):
     engine.abort(["gone"])
     assert engine.running == 0
     assert finish(engine) == {}
+
+
+def test_a_model_that_vllm_cannot_run_is_the_users_mistake_in_one_line(engine: Any):
+    with pytest.raises(ModelError, match=r"max_model_len \(70000\) is greater than the derived") as caught:
+        vllm_engine.create(prepare(RandomModel()), RolloutConfig(max_sequences=2), max_model_len=70000, seed=1)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)

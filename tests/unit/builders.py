@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,33 @@ def same_state(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same_state(a, b) for a, b in zip(one, other, strict=True))
     return same(one, other)
+
+
+def family_folder(folder: Path, family: str, *, vocab_size: int = 512, **settings: Any) -> str:
+    """A model folder of a family of transformers: tiny, with random weights that matter and the byte tokenizer.
+
+    Needs `model_cache`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from deltal.config import RandomModel
+    from deltal.data.tokenizer import copy_tokenizer
+    from deltal.learner.model import prepare
+
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "vocab_size": vocab_size,
+        "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | settings), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Biases and norms begin at 0 and 1, where a mistake in them would not show.
+                parameter.mul_(4.0).add_(torch.randn_like(parameter) * 0.02)
+    model.generation_config.eos_token_id = 256
+    model.save_pretrained(folder)
+    copy_tokenizer(prepare(RandomModel()), folder)
+    return str(folder)

@@ -34,6 +34,9 @@ def refused(*arguments: str, **environment: str) -> str:
         ("data.task=largset", "the nearest is 'largest'"),
         ("chat.template={% if %}", "chat.template, line 1"),
         ("chat.template=chatlm", "chat.template = 'chatlm'"),
+        ("rollout.temperature=3", "rollout.temperature"),
+        ("chat.template={{ messages[9].content.x }}", "chat template fails on prompt"),
+        ("rollout.max_response_tokens=70000", "tokens, but the model takes 4096"),
     ],
 )
 def test_a_wrong_setting_is_named(override: str, says: str, tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,21 @@ def test_plain_transformers_loads_an_export_with_identical_logits(
     )
     assert turn == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 256
+
+
+def test_an_export_has_the_tokenizer_files_of_its_start_model_byte_for_byte(tmp_path: Path) -> None:
+    made, start = prepare(config_of().model), tmp_path / "start"
+    shutil.copytree(made, start)
+    settings = json.loads((start / "tokenizer_config.json").read_text())
+    # As many published models have it; transformers builds another tokenizer then, and would save that one.
+    settings["tokenizer_class"] = "LlamaTokenizerFast"
+    (start / "tokenizer_config.json").write_text(json.dumps(settings))
+    (start / "added_tokens.json").write_text("{}")
+    config = run_config(model={"kind": "hf", "path": str(start)})
+    checkpointed(tmp_path / "checkpoints", config, 1)
+    export(str(tmp_path / "checkpoints"), str(tmp_path / "out"), config=config)
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (start / name).read_bytes(), name
 
 
 def test_the_newest_checkpoint_is_exported_unless_another_is_asked_for(tmp_path: Path) -> None:

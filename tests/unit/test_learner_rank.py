@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from deltal.config import RunConfig
-from deltal.errors import DeadlineError, LearnerError
+from deltal.errors import DeadlineError, LearnerError, ModelError
 from deltal.learner import actor
 from deltal.learner.actor import LearnerRank
 from deltal.learner.checkpoint import Checkpoints
@@ -116,7 +116,8 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(steps: int, *, every: int = 0, **learner: Any) -> RunConfig:
     return run_config(
         run={"steps": steps}, rollout={"max_response_tokens": 64},
-        learner={"learning_rate": 1e-3, "checkpoint_every": 100, "keep_checkpoints": 1, **learner},
+        # Log-probabilities are made up here, and far from the model's.
+        learner={"learning_rate": 1e-3, "checkpoint_every": 100, "keep_checkpoints": 1, "max_mismatch": 100} | learner,
         evaluation={"data": {"kind": "generated", "split": "test"}, "every": every} if every else {},
     )  # fmt: skip
 
@@ -227,3 +228,12 @@ def test_a_damaged_checkpoint_is_told_to_the_people_who_watch(tmp_path: Path) ->
 def test_what_comes_after_the_last_step_is_one_rank_s_own_work(tmp_path: Path) -> None:
     Run(tmp_path, config(1)).learn()
     assert not dist.is_initialized(), "an export by rank 0 would wait for the others"
+
+
+def test_an_engine_that_computes_another_model_ends_the_run_at_its_first_batch(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(2, max_mismatch=1.0))
+    with pytest.raises(ModelError, match=r"are \d\.\d nats apart on average: they do not") as caught:
+        run.learn()
+    assert "\n" not in str(caught.value)
+    assert run.trained_versions == []
+    assert run.offered == [0], "what was trained on it is not published"

@@ -11,9 +11,11 @@ from deltal.config import ChatConfig, HfModel, RandomModel
 from deltal.data.chat import Chat
 from deltal.errors import DataError
 from deltal.learner.model import prepare
-from deltal.plan.prompt_lengths import SAMPLE, counted, tokenizer_at_hand
+from deltal.plan.model_inputs import chat_at_hand
+from deltal.plan.prompt_lengths import SAMPLE, counted
 from deltal.types import Message, Prompt
 from tests.launch import TINY, deltal
+from tests.unit.builders import run_config
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,9 @@ def test_when_all_are_too_long_the_setting_is_named_and_nothing_starts(folder: s
 
 
 def test_no_tokenizer_is_made_or_fetched_for_it(folder: str) -> None:
-    assert tokenizer_at_hand(HfModel(path=folder)) == folder
-    assert tokenizer_at_hand(HfModel(path="some/name-on-the-hub")) is None
-    assert tokenizer_at_hand(RandomModel()) is None
+    there, elsewhere = (run_config(model=HfModel(path=path).model_dump()) for path in (folder, "some/name-on-the-hub"))
+    assert chat_at_hand(there, hub=False) is not None
+    assert chat_at_hand(elsewhere, hub=False) is None
 
 
 def test_a_dry_run_and_a_start_tell_it(folder: str, tmp_path: Path) -> None:

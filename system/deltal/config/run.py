@@ -17,6 +17,10 @@ from deltal.config.lora import LoraConfig, NoLora
 # --- model ---------------------------------------------------------------------------------------
 
 
+RANDOM_POSITIONS = 4096
+"""Longest sequence of a random model."""
+
+
 class ModelShape(Settings):
     """Shape of a decoder-only transformer: enough to plan memory, or to make a random model."""
 
@@ -90,7 +94,7 @@ class RolloutConfig(Settings):
 
     workers: NonNegative = Field(1, description="RolloutWorkers at the start; `deltal scale` changes it")
     responses_per_prompt: Positive = Field(8, description="n, size of a group")
-    temperature: Real = Field(1.0, gt=0.0, description="fixed for a run")
+    temperature: Real = Field(1.0, gt=0.0, le=2.0, description="fixed for a run; vLLM takes no more than 2")
     max_response_tokens: Positive = Field(1024, description="M, the response limit; fixed for a run")
     max_sequences: Positive = Field(64, description="responses sampled at once by one worker")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights in the engine")
@@ -186,6 +190,9 @@ class LearnerConfig(Settings):
     checkpoint_every: Positive = Field(10, description="steps between checkpoints; one more at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best evaluated one stays as well")
     max_skipped: Positive = Field(3, description="non-finite steps in a row before the run stops")
+    max_mismatch: Real = Field(
+        1.0, gt=0.0, description="nats a token, on average, by which engine and learner may differ; more ends the run"
+    )
     threads: Positive = Field(1, description="torch threads of one rank")
     num_cpus: Fraction = Field(1.0, description="Ray CPUs of one rank")
     num_gpus: Fraction = Field(0.0, description="Ray GPUs of one rank")
@@ -214,7 +221,7 @@ class EvaluationConfig(Settings):
     )
     prompts: Positive = Field(200, description="most prompts used, in their order")
     responses_per_prompt: Positive = Field(1, description="k of avg@k")
-    temperature: Real | None = Field(None, ge=0.0, description="None: the rollout's; 0: greedy")
+    temperature: Real | None = Field(None, ge=0.0, le=2.0, description="None: the rollout's; 0: greedy")
     every: NonNegative = Field(
         0, description="steps between evaluations during training, each with a checkpoint; 0: only before and after"
     )

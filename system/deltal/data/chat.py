@@ -1,4 +1,4 @@
-"""Messages to prompt tokens and response tokens to text: the only file that knows the tokenizer."""
+"""Messages to prompt tokens and response tokens to text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltal.config import ChatConfig
+from deltal.data.tokenizer import folder_of, open_tokenizer, switch_off_extras
 from deltal.errors import ConfigError, DataError, ModelError, one_line
 from deltal.types import Message, Prompt
 
 CHATML_END = "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""What `chatml` does, as a template."""
+PLAIN = "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['content'] }}{% endfor %}"
+"""What `plain` does, but for the begin token."""
+TALKS = (("user",), ("system", "user"), ("user", "assistant", "user"))
+"""Conversations on which two templates are compared."""
 
 
 def check_template(settings: ChatConfig) -> None:
@@ -37,6 +47,14 @@ def check_template(settings: ChatConfig) -> None:
         raise ConfigError(f"chat.template, line {error.lineno}: {one_line(error)}") from error
 
 
+def no_template(model: str) -> ConfigError:
+    """What is said of a model without a chat template where the settings want the model's own."""
+    return ConfigError(
+        f"chat.template = 'model', but {model} has no chat template: set chat.template=chatml, or plain, or a Jinja "
+        "template"
+    )
+
+
 class Chat:
     """One tokenizer with the chat settings of a run.
 
@@ -45,16 +63,15 @@ class Chat:
     """
 
     def __init__(self, tokenizer_folder: str, settings: ChatConfig) -> None:
-        """Loads the tokenizer. Raises ModelError when the folder holds none."""
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for one and the same cause
-            raise ModelError(f"no tokenizer can be loaded from {tokenizer_folder!r}: {one_line(error)}") from error
-        self._folder = tokenizer_folder
+        """Loads the tokenizer of a folder or hub name. Raises ModelError when there is none that can be used, and
+        ConfigError when it lacks the chat template that the settings ask for.
+        """
+        self._tokenizer: Any = open_tokenizer(tokenizer_folder)
+        self._folder = folder_of(tokenizer_folder)
         self._settings = settings
         self._plain = _without_special_tokens(self._tokenizer)
+        if settings.template == "model" and self._own_template() is None:
+            raise no_template(tokenizer_folder)
         self._special = tuple(
             token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
         )
@@ -67,7 +84,7 @@ class Chat:
     @functools.cached_property  # asked for with every response, and get_vocab() takes 50 ms
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a response, ascending: the tokenizer's eos, those of generation_config.json, chatml's end."""
-        stops = {self._tokenizer.eos_token_id} | _generation_eos(Path(self._folder))
+        stops = {self._tokenizer.eos_token_id} | _generation_eos(self._folder)
         if self._settings.template == "chatml":
             stops.add(self._tokenizer.get_vocab().get(CHATML_END))
         return tuple(sorted(stop for stop in stops if stop is not None))
@@ -86,6 +103,45 @@ class Chat:
         """Text of `tokens` (int[L]) without special tokens. Bytes that are no UTF-8 become the replacement sign."""
         ids = [int(token) for token in tokens]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def as_template(self) -> str | None:
+        """The Jinja template by which plain transformers renders this run's prompts, all but the prefill; None when the
+        model's own does already.
+        """
+        own = self._own_template()
+        named = {"model": own, "chatml": CHATML, "plain": PLAIN}
+        text = named.get(self._settings.template, self._settings.template)
+        if text is None:
+            return None
+        if self._start_tokens():
+            text = "{{ bos_token }}" + text
+        if self._settings.system_prompt:
+            # Twice is once: a conversation that brings its own, or a run that begins from the export, changes nothing.
+            said = json.dumps(self._settings.system_prompt, ensure_ascii=False)
+            text = (
+                "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
+                + said + "}] + messages %}{% endif %}" + text
+            )  # fmt: skip
+        if own is not None and all(self._said(own, talk) == self._said(text, talk) for talk in TALKS):
+            return None
+        return text
+
+    def _own_template(self) -> str | None:
+        own = self._tokenizer.chat_template
+        return own.get("default") if isinstance(own, dict) else own
+
+    def _said(self, template: str, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """What a template makes of a conversation, with and without generation prompt; or that it refuses it."""
+        talk = [{"role": role, "content": f"content {place}"} for place, role in enumerate(roles)]
+        try:
+            return tuple(
+                self._tokenizer.apply_chat_template(
+                    talk, chat_template=template, add_generation_prompt=wanted, tokenize=False
+                )
+                for wanted in (True, False)
+            )
+        except Exception as error:  # jinja2's errors, and whatever an expression inside the template raises
+            return (type(error).__name__,)
 
     def _render(self, messages: list[Message], prompt_id: str) -> str:
         template = self._settings.template
@@ -142,14 +198,12 @@ class Chat:
 
 
 def _without_special_tokens(tokenizer: Any) -> Any:
-    """A copy of the tokenizer for which special-token strings are ordinary text. Raises ModelError if it cannot be."""
+    """A copy of the tokenizer for which special-token strings are ordinary text."""
     from tokenizers import Tokenizer
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer: convert it to tokenizer.json first")
-    copy = Tokenizer.from_str(backend.to_str())
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.encode_special_tokens = True
+    switch_off_extras(copy)
     return copy
 
 

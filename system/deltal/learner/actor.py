@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from deltal.config import ModelConfig, RunConfig
-from deltal.errors import DeadlineError, DeltalError, LearnerError
+from deltal.errors import DeadlineError, DeltalError, LearnerError, ModelError
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import LearnerMetrics
 from deltal.queues.object_queue import get_by
 from deltal.types import ScoredGroup
 
 if TYPE_CHECKING:
+    from deltal.learner.step import StepSums
     from deltal.learner.trainer import Trainer
 
 RPC_SECONDS = 60.0
@@ -190,8 +191,11 @@ class LearnerRank:
         return "stop", None
 
     def _train_on(self, trainer: Trainer, groups: tuple[ScoredGroup, ...], waited: float) -> None:
-        """Train one batch, publish, tell the others, checkpoint when due."""
+        """Train one batch, publish, tell the others, checkpoint when due. Raises ModelError when the engine sampled
+        from another model than this.
+        """
         batch, result, rate = trainer.train(groups)
+        _check_mismatch(result.sums, batch.version, self._config.learner.max_mismatch)
         self._version = trainer.version
         self._skipped = [*self._skipped, batch.version] if result.skipped else []
         seconds, digest = {"wait": waited}, None
@@ -281,6 +285,15 @@ class LearnerRank:
         metrics.observe_variance(row["variance"])
         for phase, value in row["seconds"].items():
             metrics.seconds.labels(phase=phase).observe(value)
+
+
+def _check_mismatch(sums: StepSums, version: int, most: float) -> None:
+    """Whether engine and learner agree on tokens of the same weights; all ranks see the same sums."""
+    if sums.same_version and (mean := sums.difference / sums.same_version) > most:
+        raise ModelError(
+            f"engine and learner give tokens of version {version} log-probabilities that are {mean:.2g} nats apart on "
+            f"average: they do not compute the same model (learner.max_mismatch = {most:g})"
+        )
 
 
 def _skipped_in_a_row(first: int, last: int) -> str:

@@ -15,6 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltal.errors import ModelError
+
+ATTENTION = "deltal_packed"
+"""transformers' name for `packed_attention`."""
+HARMLESS = frozenset({
+    "dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "past_key_values",
+    "position_embeddings", "layer_idx", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "enable_gqa",
+})  # fmt: skip
+"""What architectures hand to their attention that changes nothing here: dropout is off, windows are looked at by the
+head, the others only tell.
+"""
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -83,19 +95,37 @@ class _Packed(torch.autograd.Function):
         return by_query, by_key, by_value, None, None
 
 
+def tell_segments(segments: Sequence[Segment]) -> Tensor:
+    """A mask that carries the segments to every layer's attention: all architectures hand a mask on, not all hand on
+    what else they are given. Of four dimensions, so that transformers makes none of its own.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    mask.segments = segments  # type: ignore[attr-defined]
+    return mask
+
+
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    otherwise: Callable[..., tuple[Tensor, None]], segments: Sequence[Segment] | None = None, scaling: float,
-    **rest: Any,
+    otherwise: Callable[..., tuple[Tensor, None]], scaling: float | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """An attention function of transformers: `segments` say who sees whom; without them it is `otherwise`.
+    """An attention function of transformers: the mask's segments say who sees whom; without them it is `otherwise`.
 
-    `query` [1, H, T, d], `key` and `value` [1, K, T, d]. Returns [1, T, H, d].
+    `query` [1, H, T, d], `key` and `value` [1, K, T, d]. Returns [1, T, H, d]. Raises ModelError for an architecture
+    whose attention does more than this: caps scores, has sinks or biases, sees what is to come.
     """
+    more = sorted(name for name, given in rest.items() if given is not None and name not in HARMLESS)
+    if rest.get("is_causal") is False:
+        more.append("is_causal = False")
+    if more:
+        raise ModelError(f"{type(module).__name__} asks its attention for {', '.join(more)}: not supported")
+    segments: Sequence[Segment] | None = getattr(attention_mask, "segments", None)
     if segments is None:
+        if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
+            raise ModelError(f"{type(module).__name__} changes the mask it is given: not supported")
         return otherwise(module, query, key, value, attention_mask, scaling=scaling, **rest)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    out: Tensor = _Packed.apply(query, key, value, scaling, segments)  # type: ignore[no-untyped-call]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: Tensor = _Packed.apply(query, key, value, scale, segments)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None

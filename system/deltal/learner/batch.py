@@ -126,6 +126,12 @@ class PackedMicroBatch:
         own = (self.branch[None, :] == 0) | (self.branch[:, None] == self.branch[None, :])
         return (causal & same & own)[None, None]
 
+    def to(self, device: torch.device) -> PackedMicroBatch:
+        """The same on another device; itself on CPU, where it is made."""
+        if device.type == "cpu":
+            return self
+        return PackedMicroBatch(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+
 
 def mini_batches(
     batch: Batch, *, count: int, seed: int, anew: Callable[[Sequence[int]], Array] | None = None

@@ -133,7 +133,7 @@ class Checkpoints:
                 # A full disk needs the space.
                 with contextlib.suppress(Exception):
                     self._remove(version)
-            raise _not_written(where, one_line(error, line=-1)) from error
+            raise _not_written(where, one_line(error, line=0)) from error
         with contextlib.suppress(Exception):  # The next one prunes again.
             if dist.get_rank() == 0:
                 self._prune(version, keep)
@@ -147,7 +147,7 @@ class Checkpoints:
             try:
                 work()
             except UNREADABLE as error:
-                outcome = [one_line(error, line=-1)]
+                outcome = [one_line(error, line=0)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise LearnerError(outcome[0])
@@ -199,7 +199,7 @@ class Checkpoints:
             except UNREADABLE as error:
                 # Any reader error means the same here: this checkpoint is of no use, an older one may be.
                 where = f"{self._path}/{version:08d}"
-                self.passed_over.append(f"checkpoint {where} is damaged and passed over: {one_line(error, line=-1)}")
+                self.passed_over.append(f"checkpoint {where} is damaged and passed over: {one_line(error, line=0)}")
                 print(f"deltal: {self.passed_over[-1]}", file=sys.stderr)  # noqa: T201
                 continue
             set_state_dict(
@@ -225,7 +225,7 @@ class Checkpoints:
             dcp_load(state, storage_reader=self._storage(version, writing=False))
         except UNREADABLE as error:
             raise LearnerError(
-                f"checkpoint {self._path}/{version:08d} is damaged: {one_line(error, line=-1)}"
+                f"checkpoint {self._path}/{version:08d} is damaged: {one_line(error, line=0)}"
             ) from error
         set_model_state_dict(model, state["model"], options=_options(model))
 

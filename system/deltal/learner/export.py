@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from deltal.config import ChatConfig
 from deltal.config.lora import Lora
+from deltal.data.chat import Chat
+from deltal.data.tokenizer import FILES, class_that_disagrees, copy_tokenizer
 from deltal.errors import UserError, one_line
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.lora import adapt, fold, write_adapter
-from deltal.learner.model import copy_tokenizer, load, prepare
+from deltal.learner.model import load, prepare
 
 TAGS = "tags: [reinforcement-learning, rlvr, deltal]"
 """The line of a model card by which a later export knows its own."""
+WRITTEN = ", in chat_template.jinja"
 OTHER_WAY = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
 """What an export with or without `adapter`, or of another size, may have left."""
 
@@ -65,7 +70,8 @@ def export(
             model.config.use_cache = True
             model.save_pretrained(temporary)
         copy_tokenizer(base, temporary)
-        (temporary / "README.md").write_text(model_card(config, chosen, facts or {}))
+        told = write_chat(config.chat, temporary) | (facts or {})
+        (temporary / "README.md").write_text(model_card(config, chosen, told))
         temporary.chmod(0o755)
         _put(temporary, folder)
     except OSError as error:
@@ -73,6 +79,36 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return chosen
+
+
+def write_chat(settings: ChatConfig, folder: Path) -> dict[str, str]:
+    """Let the folder's tokenizer render and end prompts as in training; returns what the card tells of it.
+
+    Its files stay as they are where they do so already. Elsewhere chat_template.jinja, which transformers and vLLM
+    prefer to tokenizer_config.json, gets the run's template, and generation_config.json the tokens that ended a
+    response. Raises ModelError when the folder holds no tokenizer.
+    """
+    chat = Chat(str(folder), settings)
+    template = chat.as_template()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    file = folder / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ends = generation.get("eos_token_id")
+    if not set(chat.stop_token_ids) <= set(ends if isinstance(ends, list) else [ends]):
+        generation["eos_token_id"] = list(chat.stop_token_ids)
+        file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    names = {"model": "the start model's own", "chatml": "chatml", "plain": "plain, messages as they are"}
+    told = {"chat template": names.get(settings.template, "the run's own") + ("" if template is None else WRITTEN)}
+    for name, text in (("system prompt", settings.system_prompt), ("prefill", settings.prefill)):
+        if text:
+            told[name] = f"`{json.dumps(text, ensure_ascii=False)}`".replace("|", "\\|")
+    if settings.prefill:
+        told["prefill"] += ", to be added after the template's generation prompt"
+    other = class_that_disagrees(folder)
+    if other is not None:
+        told["tokenizer"] = f"load it with PreTrainedTokenizerFast: AutoTokenizer makes it a {other}, with other tokens"
+    return told
 
 
 def _put(new: Path, folder: Path) -> None:
@@ -88,7 +124,8 @@ def _put(new: Path, folder: Path) -> None:
         before.rename(folder)
         raise
     for path in before.iterdir():
-        if not (folder / path.name).exists() and path.suffix != ".safetensors" and path.name not in OTHER_WAY:
+        is_ours = path.suffix == ".safetensors" or path.name in OTHER_WAY or any(map(path.match, FILES))
+        if not (folder / path.name).exists() and not is_ours:
             path.rename(folder / path.name)
     shutil.rmtree(before, ignore_errors=True)
 

@@ -59,7 +59,7 @@ def measure(
     chosen: list[torch.nn.Parameter] = []
     if parameters != "lm_head":
         chosen = _chosen(model, parameters)
-    head = model.get_parameter("lm_head.weight")
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
     numbers = sum(p.numel() for p in chosen) or head.numel()
     tokens = sum(item.response.length for item in items)
     _check_memory(4 * (len(items) * numbers if chosen else tokens * (head.shape[0] + head.shape[1]) + 2 * tokens**2))

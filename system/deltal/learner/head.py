@@ -6,6 +6,7 @@ tokens of a row are kept, which saves a matmul.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -15,10 +16,16 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from deltal.errors import ModelError
+from deltal.learner.attention import tell_segments
 from deltal.learner.batch import PackedMicroBatch
+from deltal.learner.trunk import trunk_of
 
-LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of architectures whose logits are not hidden states times one matrix."""
+LOGIT_FACTORS: dict[str, Callable[[float], float]] = {
+    "logits_scaling": lambda divisor: 1.0 / divisor,
+    "logit_scale": lambda factor: factor,
+    "lm_head_multiplier": lambda factor: factor,
+}
+"""Settings of architectures that multiply their logits by a number."""
 WORK = 128
 """Tokens whose logits are worked on at once: enough for a matmul at full speed."""
 Observe = Callable[[Tensor, Tensor, Tensor, slice], None]
@@ -113,16 +120,25 @@ def token_logprob(
 def attach(model: torch.nn.Module) -> None:
     """Give a causal language model the method `token_logprobs(micro, temperature, chunk, observe)`.
 
-    Raises ModelError for a head that is more than one matrix.
+    Raises ModelError for a head that is more than one matrix and a factor.
     """
     config: Any = model.config
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    changes = [name for name in LOGIT_CHANGES if getattr(config, name, None)]
-    if getattr(head, "bias", None) is not None:
+    if not isinstance(head, torch.nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no head that is one matrix: not supported")
+    changes = ["final_logit_softcapping"] if getattr(config, "final_logit_softcapping", None) else []
+    if head.bias is not None:
         changes.append("bias")
     if changes:
         raise ModelError(f"{type(model).__name__} changes its logits by {', '.join(changes)}: not supported")
+    trunk_of(model)
+    factors = [by(getattr(config, name)) for name, by in LOGIT_FACTORS.items() if _is_number(config, name)]
+    model.logit_factor = math.prod(factors)  # type: ignore[assignment]
     model.token_logprobs = MethodType(_token_logprobs, model)  # type: ignore[assignment]
+
+
+def _is_number(config: Any, name: str) -> bool:
+    return isinstance(getattr(config, name, None), int | float)
 
 
 def shard_head(model: torch.nn.Module) -> None:
@@ -131,11 +147,13 @@ def shard_head(model: torch.nn.Module) -> None:
 
 
 def _check_window(model: Any, micro: PackedMicroBatch) -> None:
-    """Neither way of attention has a sliding window: fine while no sequence is longer than it."""
-    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
-    if not window or (kinds is not None and "sliding_attention" not in kinds):
-        return
+    """Neither way of attention has a window or chunks: fine while no sequence is longer than they are."""
+    kinds, windows = getattr(model.config, "layer_types", None), []
+    for name, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+        if getattr(model.config, name, None) and (kinds is None or kind in kinds):
+            windows.append(getattr(model.config, name))
     longest = int(micro.positions.max()) + 1
+    window = min(windows, default=longest)
     if longest > window:
         raise ModelError(
             f"{type(model).__name__} sees {window} tokens back only, and a prompt with its response has {longest}: "
@@ -151,15 +169,15 @@ def _token_logprobs(
     predict_at = micro.predict_at if trained else micro.tokens.new_zeros(1)
     target = micro.target if trained else micro.tokens.new_zeros(1)
     _check_window(self, micro)
-    # A mask of four dimensions is taken as it is, so that transformers makes none.
-    if micro.tokens.device.type == "cpu":
-        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        seen: dict[str, Any] = {"attention_mask": nothing, "segments": micro.segments()}
-    else:
-        seen = {"attention_mask": micro.attention_mask()}
-    output = self.model(input_ids=micro.tokens[None], position_ids=micro.positions[None], use_cache=False, **seen)
+    seen = tell_segments(micro.segments()) if micro.tokens.device.type == "cpu" else micro.attention_mask()
+    output = trunk_of(self)(
+        input_ids=micro.tokens[None], position_ids=micro.positions[None], attention_mask=seen, use_cache=False
+    )
+    hidden = output.last_hidden_state[0, predict_at]
+    if self.logit_factor != 1.0:
+        hidden = hidden * self.logit_factor  # A factor of the logits, in a place where the gradients know of it.
     logprob, entropy = token_logprob(
-        output.last_hidden_state[0, predict_at], self.lm_head.weight, target,
+        hidden, self.get_output_embeddings().weight, target,
         temperature=temperature, chunk=chunk, observe=observe if trained else None,
     )  # fmt: skip
     # No view: FSDP hangs its hook for backward on what is returned here.

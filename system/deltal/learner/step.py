@@ -31,6 +31,7 @@ from deltal.config.algorithm import AlgorithmConfig
 from deltal.learner.batch import Item, PackedMicroBatch, pack
 from deltal.learner.head import shard_head
 from deltal.learner.snapshot import Snapshot
+from deltal.learner.trunk import decoder_layers
 
 
 def shard(
@@ -47,7 +48,7 @@ def shard(
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for layer in model.get_submodule("model").get_submodule("layers").children():
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
@@ -184,7 +185,7 @@ def train_batch(
     device = torch.device("cuda" if settings.num_gpus > 0 else "cpu")
     keep_all = algorithm.trains_every_response
     packed = [pack(items, budget=settings.micro_batch_tokens, ranks=ranks, keep_all=keep_all)[rank] for items in cut]
-    packed = [[_moved(micro, device) for micro in micros] for micros in packed]
+    packed = [[micro.to(device) for micro in micros] for micros in packed]
     result = StepResult(sums=StepSums())
     started = time.monotonic()
     proximal: list[list[Tensor | None]] = [[None] * len(micros) for micros in packed]
@@ -259,9 +260,3 @@ def schedule(settings: LearnerConfig, steps: int) -> Callable[[int], float]:
         return decay(min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return factor
-
-
-def _moved(micro: PackedMicroBatch, device: torch.device) -> PackedMicroBatch:
-    if device.type == "cpu":
-        return micro
-    return PackedMicroBatch(**{name: getattr(micro, name).to(device) for name in micro.__dataclass_fields__})

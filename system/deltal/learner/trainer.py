@@ -22,10 +22,13 @@ from deltal.learner import rng
 from deltal.learner.batch import assemble, coefficients, mini_batches
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.instrument import Instrument
-from deltal.learner.lora import adapt, merged
+from deltal.learner.lora import adapt
 from deltal.learner.model import load
+from deltal.learner.published import published
 from deltal.learner.report import step_row
+from deltal.learner.self_check import check_forward
 from deltal.learner.step import StepResult, schedule, shard, train_batch
+from deltal.learner.trunk import compute_anew
 from deltal.types import Batch, ScoredGroup, TensorBytes
 
 
@@ -83,8 +86,9 @@ class Trainer:
         offload = settings.cpu_offload and device == "cuda"
         if not offload:
             model.to(device)
+        check_forward(model)
         if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            compute_anew(model)
         self._config = config
         dtype = getattr(torch, settings.compute_dtype)
         self.model = shard(model, compute_dtype=dtype, device=device, cpu_offload=offload)
@@ -153,7 +157,7 @@ class Trainer:
         device = "cuda" if self._config.weights_stay_on_gpu else "cpu"
         tensors: dict[str, TensorBytes[Any] | torch.Tensor] = {}
         checks, size = [], 0
-        for place, (name, full) in enumerate(merged(self.model)):
+        for place, (name, full) in enumerate(published(self.model)):
             if place % ranks != rank:
                 continue
             kept = full.to(device=device, dtype=getattr(torch, name_of_dtype), copy=True).contiguous()
@@ -198,5 +202,5 @@ def _digest(checks: Sequence[str]) -> str:
 def _reference(folder: str, settings: LearnerConfig, device: str) -> torch.nn.Module:
     """The model the run began from, frozen and sharded like the policy, held in the dtype it computes in."""
     dtype = getattr(torch, settings.compute_dtype)
-    model: Any = load(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    model: Any = load(folder, dtype=dtype).to(device).requires_grad_(False)
     return shard(model, compute_dtype=dtype, device=device)

@@ -9,20 +9,16 @@ from pathlib import Path
 
 from deltal.config import HfData, RunConfig
 from deltal.data.chat import check_template
-from deltal.plan.model_folder import check_model_folder
+from deltal.plan.model_inputs import check_model
 
 
 def check_inputs(settings: RunConfig, *, hub: bool = True) -> list[str]:
-    """Raises the UserError of the first input that is wrong.
+    """Raises the UserError of the first input that is wrong. The rows of data are looked at by `checked_prompts`.
 
     Returns what was not looked at: names of hub models, and without `hub` names of hub data sets.
     """
-    unseen = []
     check_template(settings.chat)
-    if settings.model.kind == "hf":
-        check_model_folder(settings.model.path)
-        if not Path(settings.model.path).expanduser().exists():
-            unseen.append(f"model {settings.model.path}")
+    unseen = check_model(settings, hub=hub)
     return unseen if hub else unseen + [f"data set {name}" for name in hub_data(settings)]
 
 

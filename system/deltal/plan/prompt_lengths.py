@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from deltal.config import ModelConfig, RunConfig
+from deltal.config import RunConfig
 from deltal.data.chat import Chat
 from deltal.errors import DataError
+from deltal.plan.model_inputs import chat_at_hand
 from deltal.types import Prompt
 
 SAMPLE = 256
 """Prompts looked at, evenly spread over the data set: the same ones every time."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def length_note(settings: RunConfig, prompts: Sequence[Prompt]) -> str | None:
@@ -22,16 +21,8 @@ def length_note(settings: RunConfig, prompts: Sequence[Prompt]) -> str | None:
 
     Raises DataError when all that were looked at are too long.
     """
-    folder = tokenizer_at_hand(settings.model)
-    return None if folder is None else counted(Chat(folder, settings.chat), prompts, settings.chat.max_prompt_tokens)
-
-
-def tokenizer_at_hand(model: ModelConfig) -> str | None:
-    """The folder of a model's tokenizer where it is on this machine already; nothing is made or fetched."""
-    if model.kind != "hf":
-        return None
-    folder = Path(model.path).expanduser()
-    return str(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+    chat = chat_at_hand(settings, hub=False)
+    return None if chat is None else counted(chat, prompts, settings.chat.max_prompt_tokens)
 
 
 def counted(chat: Chat, prompts: Sequence[Prompt], limit: int) -> str | None:

@@ -15,10 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from deltal.config import RolloutConfig
+from deltal.errors import ModelError, one_line
 from deltal.rollout.engine import Sampled, Sampling, Shard
 from deltal.types import Finish, Span
 
 BACKEND = "deltal_arrays"
+NEVER_AGAIN = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
+"""What vLLM raises for a model or a setting it does not take: pydantic's errors are ValueErrors. They follow from files
+and settings alone, so another worker would meet the same: the user's to mend, at once. CUDA errors and lack of memory
+(RuntimeError, MemoryError), files and networks (OSError) may be better in a minute: that worker dies and is replaced.
+"""
 
 
 def environment(settings: RolloutConfig) -> dict[str, str]:
@@ -38,7 +44,10 @@ def environment(settings: RolloutConfig) -> dict[str, str]:
 
 
 def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int) -> VllmEngine:
-    """An engine with the weights of `model` (a folder or hub name); load a policy version before sampling."""
+    """An engine with the weights of `model` (a folder or hub name); load a policy version before sampling.
+
+    Raises ModelError, in one line, when vLLM cannot run this model with these settings.
+    """
     os.environ.update(environment(settings))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # It would win over our own figure, and knows whole GiB only.
     from vllm import EngineArgs
@@ -48,25 +57,32 @@ def create(model: str, settings: RolloutConfig, *, max_model_len: int, seed: int
     torch.set_num_threads(settings.threads)
     _register_backend()
     on_gpu = settings.num_gpus > 0
-    arguments = EngineArgs(
-        model=model,
-        dtype=settings.dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_sequences,
-        # On CPU a seeded request breaks when its prefill is cut over steps, so nothing may be cut.
-        max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
-        # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
-        block_size=None if on_gpu else 32,
-        kv_cache_memory_bytes=None if on_gpu else int(settings.kv_cache_gib * 2**30),
-        enable_prefix_caching=True,
-        enforce_eager=not on_gpu,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        seed=seed % 2**31,
-        disable_log_stats=True,
-        logprobs_mode="processed_logprobs",  # After temperature: the distribution that is sampled from.
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-    )
-    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        arguments = EngineArgs(
+            model=model,
+            # Tokens go in and come out. Its own tokenizer would be of the class a config names (see data/tokenizer.py).
+            skip_tokenizer_init=True,
+            dtype=settings.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_sequences,
+            # On CPU a seeded request breaks when its prefill is cut over steps, so nothing may be cut.
+            max_num_batched_tokens=None if on_gpu else settings.max_sequences * max_model_len,
+            # Small blocks let a group share its prompt from the prefix cache even when the prompt is short.
+            block_size=None if on_gpu else 32,
+            kv_cache_memory_bytes=None if on_gpu else int(settings.kv_cache_gib * 2**30),
+            enable_prefix_caching=True,
+            enforce_eager=not on_gpu,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            seed=seed % 2**31,
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",  # After temperature: the distribution that is sampled from.
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        )
+        engine = LLMEngine.from_engine_args(arguments)
+    except NEVER_AGAIN as error:
+        if "memory" in one_line(error).lower():
+            raise  # Another process may give some back, a learner that is ended for instance.
+        raise ModelError(f"vLLM cannot run {model}: {one_line(error, line=0)}") from error
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
     return VllmEngine(engine)
 
@@ -126,9 +142,15 @@ class VllmEngine:
         self._engine.add_request(key, {"prompt_token_ids": prompt_tokens.tolist()}, parameters)
 
     def step(self) -> list[Sampled]:
-        """One engine step; the responses that finished in it."""
+        """One engine step; the responses that finished in it. Raises ModelError when vLLM cannot compute the model."""
         finished = []
-        for output in self._engine.step():
+        try:
+            outputs = self._engine.step()
+        except NEVER_AGAIN as error:
+            if self._written:
+                raise  # It could before.
+            raise ModelError(f"vLLM cannot compute this model: {one_line(error, line=0)}") from error
+        for output in outputs:
             running = self._running.get(output.request_id)
             if running is None:
                 continue
@@ -146,11 +168,18 @@ class VllmEngine:
     def load(self, version: int, shards: Sequence[Shard]) -> None:
         """Swap in weights between steps, by the thread that steps. Keys and values of running requests are
         recomputed under the new weights, so that every log-probability is of one version.
+
+        Raises ModelError when the weights are not those that vLLM's model has.
         """
         tensors = {name: _as_tensor(entry) for shard in shards for name, entry in shard.items()}
-        self._engine.collective_rpc("start_weight_update")
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
-        self._engine.collective_rpc("finish_weight_update")
+        try:
+            self._engine.collective_rpc("start_weight_update")
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+            self._engine.collective_rpc("finish_weight_update")
+        except NEVER_AGAIN as error:
+            raise ModelError(
+                f"vLLM does not take the learner's weights of this architecture: {one_line(error, line=0)}"
+            ) from error
         if self._running:
             self._engine.reset_prefix_cache(reset_running_requests=True)
         else:
@@ -219,18 +248,33 @@ def _register_backend() -> None:
                 torch.accelerator.synchronize()
 
         def receive_weights(self, update_info: ArraysUpdate) -> None:
-            self.model.load_weights(iter(update_info.tensors.items()))
+            loaded = self.model.load_weights(iter(update_info.tensors.items()))
+            wanted = {name for name, _ in self.model.named_parameters()}
+            if getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+                wanted.discard("lm_head.weight")  # The embedding's own.
+            if lacking := sorted(wanted - set(loaded)):
+                # Told of a name it does not know vLLM is silent, and samples from memory that nobody wrote.
+                raise ValueError(f"{len(lacking)} of its {len(wanted)} weights get no values, {lacking[0]} for one")
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
-            if self.device.type == "cpu" and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
-                self._repack_tied_head()
+            if self.device.type == "cpu":
+                self._pack_again()
 
-        def _repack_tied_head(self) -> None:
-            # With tied embeddings the CPU head keeps its packed copy of the old weights, silently.
+        def _pack_again(self) -> None:
+            """What vLLM packs for CPU when it loads a model, and forgets to when it loads again, silently."""
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-            dispatch_cpu_unquantized_gemm(self.model.lm_head, remove_weight=False)
+            # With tied embeddings the head keeps its copy of the old weights. Models without an lm_head use their
+            # embedding, which is packed as any layer.
+            is_tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
+            if is_tied and hasattr(self.model, "lm_head"):
+                dispatch_cpu_unquantized_gemm(self.model.lm_head, remove_weight=False)
+            # Experts are left in the order of the files, which their kernel takes for its own.
+            for layer in self.model.modules():
+                kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+                if kernel is not None:
+                    kernel.fused_experts.process_weights_after_loading(layer)
 
         def shutdown(self) -> None:
             """Nothing to release."""

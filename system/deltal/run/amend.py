@@ -21,8 +21,9 @@ FREE = (
     "verify.workers", "verify.processes", "verify.num_cpus",
     "replay.group_deadline", "replay.lease_seconds", "replay.flush_*", "replay.max_refill",
     "learner.ranks", "learner.micro_batch_tokens", "learner.logit_chunk_tokens", "learner.activation_checkpointing",
-    "learner.checkpoint_every", "learner.keep_checkpoints", "learner.max_skipped", "learner.threads",
-    "learner.cpu_offload", "learner.transport", "learner.num_cpus", "learner.num_gpus", "learner.*_deadline",
+    "learner.checkpoint_every", "learner.keep_checkpoints", "learner.max_skipped", "learner.max_mismatch",
+    "learner.threads", "learner.cpu_offload", "learner.transport", "learner.num_cpus", "learner.num_gpus",
+    "learner.*_deadline",
     "evaluation.every", "evaluation.deadline", "monitor.*",
 )  # fmt: skip
 """Dotted keys, as patterns. Another number of ranks or token budget adds up in another order: equal to rounding."""

@@ -373,13 +373,13 @@ class Controller:
         except TimeoutError:
             raise DeadlineError(f"waited in vain for {what}") from None
         except ray.exceptions.RayTaskError as error:
-            raise UserError(one_line(error.cause)) from None
+            raise UserError(one_line(error, line=0)) from None
 
     def _fail(self, error: BaseException) -> None:
         """End the run with `error`; the first one counts."""
         if not self._failure.done():
             known = isinstance(error, DeltalError)
-            self._failure.set_exception(error if known else DeltalError(f"{type(error).__name__}: {error}"))
+            self._failure.set_exception(error if known else DeltalError(f"{type(error).__name__}: {one_line(error)}"))
 
     @contextlib.asynccontextmanager
     async def _phase(self, state: str, name: str = "") -> AsyncIterator[None]:

@@ -153,7 +153,7 @@ class Supervisor:
                 "node gone, or the machine overloaded?"
             ) from None
         except ray.exceptions.RayError as error:
-            raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=-1)}") from error
+            raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=0)}") from error
         is_to_stop = any(member.leaving for member in self.members["learner"].values())  # those before these
         self.members["learner"] = {
             f"learner-{i}": Member(f"learner-{i}", handle, bundle) for i, handle in enumerate(ranks)
@@ -323,7 +323,7 @@ class Supervisor:
         if isinstance(cause, DeltalError) and cause.exit_code == 2:
             self._failed(cause)
             return False
-        text = one_line(cause or error, line=-1)
+        text = one_line(error, line=0)
         if len(deaths) > self._config.run.max_restarts:
             self._failed(ActorLostError(f"{name} died, the {len(deaths)}th of its role in 10 minutes: {text}"))
             return False
