@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltal.config import GgufPackageModel, RandomModel
+from deltal.config import GgufPackageModel, HfModel, ModelConfig, RandomModel
 from deltal.errors import ModelError
 
 
@@ -29,6 +29,16 @@ def folder_of_made(model: GgufPackageModel | RandomModel) -> Path:
     """The folder of this model, whether it is made already or not."""
     text = model.model_dump_json(exclude={"shape"} if isinstance(model, GgufPackageModel) else None)
     return made_folder(model.kind, text.encode())
+
+
+def ready_folder(model: ModelConfig) -> str | None:
+    """The folder or hub name from which every actor loads the model; None while it must first be made."""
+    if isinstance(model, HfModel):
+        folder = Path(model.path).expanduser()
+        is_adapter = (folder / "adapter_config.json").is_file()
+        return None if is_adapter else str(folder) if model.path.startswith("~") else model.path
+    made = folder_of_made(model)
+    return str(made) if (made / "config.json").exists() else None
 
 
 def gguf_file(package: str) -> Path:

@@ -17,7 +17,7 @@ import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
 from deltal.config.run import RANDOM_POSITIONS
-from deltal.data.made_models import folder_of_made, gguf_file, made_folder
+from deltal.data.made_models import folder_of_made, gguf_file, made_folder, ready_folder
 from deltal.data.tokenizer import byte_tokenizer, copy_tokenizer
 from deltal.errors import ModelError, one_line
 from deltal.learner.attention import ATTENTION, packed_attention
@@ -30,10 +30,11 @@ ADAPTER = "adapter_config.json"
 
 def prepare(model: ModelConfig) -> str:
     """A folder (or hub name) that transformers and vLLM load. Raises ModelError when it cannot be made."""
+    ready = ready_folder(model)
+    if ready is not None:
+        return ready
     if isinstance(model, HfModel):
-        if is_adapter(model.path):
-            return _merged_adapter(Path(model.path).expanduser())
-        return str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
+        return _merged_adapter(Path(model.path).expanduser())
     make: Any = _make_random if isinstance(model, RandomModel) else _convert_gguf
     return _made(folder_of_made(model), lambda folder: make(model, folder))
 

@@ -27,6 +27,7 @@ import ray
 
 from deltal.config import RunConfig
 from deltal.data.cursor import PromptCursor
+from deltal.data.made_models import ready_folder
 from deltal.errors import DeadlineError, DeltalError, UserError, one_line
 from deltal.folder import RunFolder
 from deltal.learner.actor import prepare_model
@@ -183,14 +184,19 @@ class Controller:
         supervisor.start_services()
         await observer.look()
         self._cursor = PromptCursor(len(self._prompts), config.run.seed)
-        observer.say("preparing the model folder")
-        task = ray.remote(prepare_model).options(num_cpus=0)
-        prepared = answer(task.remote(config.model), MODEL_SECONDS)
-        supervisor.model = await self._unless_stopped(prepared, f"the model folder within {MODEL_SECONDS:.0f} s")
+        model = ready_folder(config.model)
+        if model is None:
+            observer.say("preparing the model folder")
+            task = ray.remote(prepare_model).options(num_cpus=0)
+            prepared = answer(task.remote(config.model), MODEL_SECONDS)
+            model = await self._unless_stopped(prepared, f"the model folder within {MODEL_SECONDS:.0f} s")
+        supervisor.model = model
         observer.say("loading the learner and the engine")
-        await self._unless_stopped(supervisor.start_learner())
+        # The learner's place first, since workers may take all others; then the workers, whose engines load longest.
+        await self._unless_stopped(supervisor.reserve_learner())
         await supervisor.scale("verify", config.verify.workers)
         await supervisor.scale("rollout", config.rollout.workers)
+        await self._unless_stopped(supervisor.start_learner())
 
     async def _train(self) -> None:
         """Until the learner has done its last step, or `stop`; evaluates every N steps on the way."""

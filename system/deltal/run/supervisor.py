@@ -110,21 +110,24 @@ class Supervisor:
             )
         )  # fmt: skip
 
-    async def start_learner(self) -> None:
-        """All K ranks in one placement group, and their run. Raises ResourceError when they find no place, and
-        ActorLostError when one dies while it starts.
-        """
+    async def reserve_learner(self) -> None:
+        """A placement group for all K ranks, kept over restarts. Raises ResourceError when there is no place."""
         settings = self._config.learner
         bundle = _needs(settings)
-        if self._group is None:
-            self._group = placement_group([bundle] * settings.ranks, strategy="PACK")
-            try:
-                await answer(self._group.ready(), settings.rendezvous_deadline)
-            except TimeoutError:
-                raise ResourceError(
-                    f"no place for {settings.ranks} learner rank(s) with {bundle} within "
-                    f"{settings.rendezvous_deadline:.0f} s; the cluster has {ray.cluster_resources()}"
-                ) from None
+        self._group = placement_group([bundle] * settings.ranks, strategy="PACK")
+        try:
+            await answer(self._group.ready(), settings.rendezvous_deadline)
+        except TimeoutError:
+            raise ResourceError(
+                f"no place for {settings.ranks} learner rank(s) with {bundle} within "
+                f"{settings.rendezvous_deadline:.0f} s; the cluster has {ray.cluster_resources()}"
+            ) from None
+
+    async def start_learner(self) -> None:
+        """All K ranks in their reserved place, and their run. Raises ResourceError when they do not start in time, and
+        ActorLostError when one dies while it starts.
+        """
+        settings, bundle = self._config.learner, _needs(self._config.learner)
         variables = {"OMP_NUM_THREADS": str(settings.threads)}
         if ray.util.get_node_ip_address() == "127.0.0.1":
             variables["GLOO_SOCKET_IFNAME"] = "lo"
