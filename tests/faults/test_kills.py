@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from deltal.learner.redo import redo
 from deltal.replay.journal import Journal
-from deltal.replay.ledger import BatchFormed
+from deltal.replay.ledger import Admitted, BatchFormed
 from tests.launch import LiveRun, deltal
 
 STEPS, BATCH = 60, 4
@@ -120,3 +121,31 @@ def test_a_run_survives_the_deaths_of_its_verifier_and_its_queues(tmp_path: Path
         end_each(run, ("verify-0", "prompt", "rollout", "learner-0"))
         seen = {"done": run.end(), "audit": run.audit(), "rows": run.rows(), "batches": batches(run)}
     assert_trained_once(seen)
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_held_up_beyond_its_lease_goes_on_with_its_groups_and_samples_none_twice(tmp_path: Path):
+    """SIGSTOP while groups are under way, for longer than a lease: they are leased again, to the same worker."""
+    limit = 1500
+    longer = (
+        "run.steps=3", f"rollout.max_response_tokens={limit}", "replay.lease_seconds=2", "evaluation.data=null",
+        "model.shape.vocab_size=9000",  # of which one ends a response
+        "rollout.max_sequences=64", "run.export=false",
+    )  # fmt: skip
+    with LiveRun(tmp_path, "run", *longer) as run:
+        run.until(lambda: (run.summary().get("queues") or {}).get("prompt", {}).get("leased"), "groups under way")
+        worker = run.pids()["rollout-0"]
+        for _ in range(2):
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep(5.0)
+            os.kill(worker, signal.SIGCONT)
+            time.sleep(1.0)
+        summary = run.end()
+        groups = [r.scored.group for r in Journal(run.folder.path("journal")).read() if isinstance(r, Admitted)]
+        audit = run.audit()
+    assert summary["restarts"] == {}
+    assert audit["reasons"] == {}, "nothing was malformed or evicted"
+    assert max(len(response.tokens) for group in groups for response in group.responses) <= limit
+    for group in groups:
+        for response in group.responses:
+            assert len(response.logprobs) == len(response.tokens)

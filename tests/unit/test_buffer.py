@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,11 +17,13 @@ from deltal.errors import DataError, FilteredTooManyError, LearnerError
 from deltal.replay.buffer import ReplayBuffer, Waiting
 from deltal.replay.journal import decode, encode
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Record, Trained
-from deltal.types import GroupId, Receipt
+from deltal.types import GroupId, Receipt, ScoredGroup
 from tests.unit.builders import gid, scored
 
 DEADLINE = 100.0
 MIXED, EQUAL, TOO_LONG = (0.0, 1.0), (1.0, 1.0), ()
+LONGEST = 8
+"""M, in tokens."""
 
 
 class Run:
@@ -33,7 +37,7 @@ class Run:
         )
         self.batches = batches
         self.records: list[Record] = []
-        self.buffer = ReplayBuffer(self.settings, batches=batches)
+        self.buffer = ReplayBuffer(self.settings, batches=batches, responses=len(MIXED), max_length=LONGEST)
         self.next_index = 0
         self.clock = 0.0
 
@@ -77,7 +81,7 @@ class Run:
 
     def rebuilt(self) -> ReplayBuffer:
         """What a restart makes of the journal."""
-        buffer = ReplayBuffer(self.settings, batches=self.batches)
+        buffer = ReplayBuffer(self.settings, batches=self.batches, responses=len(MIXED), max_length=LONGEST)
         for record in decode(encode(self.records), "memory"):
             buffer.apply(record)
         return buffer
@@ -433,6 +437,51 @@ def test_a_second_delivery_gets_the_first_outcome() -> None:
         assert record is None
         assert receipt == Receipt(group=id, fate=fate, step=step, reason=reason, duplicate=True)  # type: ignore[arg-type]
     assert run.buffer.duplicates == 4
+
+
+def with_logprob(group: ScoredGroup, value: float) -> ScoredGroup:
+    """The group with one log-probability of its last response replaced."""
+    first, last = group.group.responses
+    logprobs = last.logprobs.copy()
+    logprobs[0] = value
+    changed = dataclasses.replace(last, logprobs=logprobs)
+    return dataclasses.replace(group, group=dataclasses.replace(group.group, responses=(first, changed)))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda id: scored(id, lengths=(3, LONGEST + 1)),
+        lambda id: scored(id, rewards=(1.0,)),
+        lambda id: scored(id, rewards=(1.0, 0.0, 1.0)),
+        lambda id: scored(id, rewards=(1.0, float("nan"))),
+        lambda id: with_logprob(scored(id), float("nan")),
+        lambda id: with_logprob(scored(id), float("-inf")),
+        lambda id: with_logprob(scored(id), 0.5),
+    ],
+    ids=["too long", "too few", "too many", "no reward", "nan", "impossible", "above certainty"],
+)
+def test_what_cannot_have_been_sampled_is_evicted_and_never_in_a_batch(
+    broken: Callable[[GroupId], ScoredGroup],
+) -> None:
+    run = Run()
+    first, *others = run.issue()
+    receipt, record = run.buffer.admit(broken(first))
+    run.commit(record)
+    assert (receipt.fate, receipt.reason) == ("evicted", "malformed")
+    assert run.buffer.ledger.fates["evicted:malformed"] == 1
+    for id in others:
+        run.finish(id)
+    batch = run.sample()
+    assert isinstance(batch, tuple)
+    assert first not in batch
+
+
+def test_the_longest_response_and_a_certain_token_are_no_fault() -> None:
+    run = Run()
+    first, *_ = run.issue()
+    receipt, _ = run.buffer.admit(with_logprob(scored(first, lengths=(LONGEST, LONGEST)), 0.0))
+    assert receipt.fate is None
 
 
 def test_a_group_that_was_never_issued_is_refused() -> None:

@@ -115,3 +115,13 @@ def test_nothing_is_lost_or_doubled_whatever_the_order_of_calls(calls: list[tupl
                 queue.give_back([held.pop(token).token], now=now)
         assert queue.keys(now=now) == expected
         assert queue.waiting + queue.leased == len(expected)
+
+
+def test_who_holds_what_was_removed_is_told_and_its_lease_is_not_made_again():
+    queue = filled(2)
+    held = [(lease.token, lease.key) for lease in queue.lease(2, now=0.0)]
+    queue.remove([gid(0)])
+    assert queue.renew(held, now=1.0) == [gid(0)]
+    assert queue.keys(now=1.0) == {gid(1)}
+    assert queue.put([(gid(0), "of another evaluation")], now=2.0) == 1
+    assert queue.renew(held[1:], now=2.0) == []

@@ -8,6 +8,7 @@ written last, holds the size and checksum of every other file in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -39,6 +40,7 @@ from deltal.learner.checksum import Sums, problem_of, sum_of, summed
 
 # torch's own is no Exception but a BaseException.
 UNREADABLE = (Exception, CheckpointException)
+CUT_SHORT = "unexpected pos"
 WRITE_SECONDS = 1800.0
 """Longest a checkpoint may take to be written."""
 
@@ -278,7 +280,8 @@ class Checkpoints:
 def _not_written(where: str, why: str) -> DeltalError:
     """A full disk is the user's to free; what else there is may be anybody's."""
     for code in FULL:
-        if os.strerror(code) in why:  # torch wraps what each rank met into a text.
+        # torch wraps what each rank met into a text, in words of its own where a write was cut short.
+        if os.strerror(code) in why or (code == errno.ENOSPC and CUT_SHORT in why):
             return not_written(f"checkpoint {where}", OSError(code, os.strerror(code)))
     return LearnerError(f"checkpoint {where} could not be written: {why}")
 

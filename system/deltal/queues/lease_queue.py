@@ -17,6 +17,10 @@ from deltal.types import GroupId, Lease
 T = TypeVar("T")
 
 
+REMEMBERED = 10_000
+"""Removed keys that are kept, to tell those who still hold them."""
+
+
 @dataclass(slots=True)
 class _Leased(Generic[T]):
     key: GroupId
@@ -40,6 +44,7 @@ class LeaseQueue(Generic[T]):
         self._waiting: OrderedDict[GroupId, tuple[T, float]] = OrderedDict()
         self._leased: dict[str, _Leased[T]] = {}
         self._deliveries: dict[GroupId, int] = {}
+        self._removed: OrderedDict[GroupId, None] = OrderedDict()
 
     def put(self, entries: Iterable[tuple[GroupId, T]], *, now: float) -> int:
         """Append entries; a key that is here already, waiting or leased, is left alone. Returns how many were new."""
@@ -49,6 +54,7 @@ class LeaseQueue(Generic[T]):
             if key in self._waiting or key in leased:
                 continue
             self._waiting[key] = (item, now)
+            self._removed.pop(key, None)
             new += 1
         self.puts += new
         return new
@@ -66,16 +72,22 @@ class LeaseQueue(Generic[T]):
             leases.append(Lease(key=key, item=item, token=token, deadline=deadline, deliveries=self._deliveries[key]))
         return leases
 
-    def renew(self, held: Sequence[tuple[str, GroupId]], *, now: float) -> None:
+    def renew(self, held: Sequence[tuple[str, GroupId]], *, now: float) -> list[GroupId]:
         """Extend leases given as (token, key). An unknown token is re-created, so that a restarted queue
         knows again what its readers hold; a waiting copy of that key is taken back from the queue.
+
+        Returns the keys that were removed meanwhile: their groups have their fate, nobody waits for them.
         """
+        gone = [key for _, key in held if key in self._removed]
         for token, key in held:
+            if key in self._removed:
+                continue
             entry = self._leased.get(token)
             if entry is None:
                 waiting = self._waiting.pop(key, None)
                 entry = self._leased[token] = _Leased(key, waiting[0] if waiting else None, 0.0)
             entry.deadline = now + self.lease_seconds
+        return gone
 
     def ack(self, tokens: Iterable[str]) -> None:
         """End leases for good. Acking twice, or an unknown token, is no error: acks may be re-sent."""
@@ -111,6 +123,9 @@ class LeaseQueue(Generic[T]):
         for key in gone:
             self._waiting.pop(key, None)
             self._deliveries.pop(key, None)
+            self._removed[key] = None
+        while len(self._removed) > REMEMBERED:
+            self._removed.popitem(last=False)
         for token in [token for token, entry in self._leased.items() if entry.key in gone]:
             del self._leased[token]
 

@@ -68,9 +68,9 @@ class ObjectQueue:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), min(left, 1.0))
 
-    async def renew(self, held: list[tuple[str, GroupId]]) -> None:
-        """Extend leases; see `LeaseQueue.renew`."""
-        self._queue.renew(held, now=time.monotonic())
+    async def renew(self, held: list[tuple[str, GroupId]]) -> list[GroupId]:
+        """Extend leases; returns the keys that were removed. See `LeaseQueue.renew`."""
+        return self._queue.renew(held, now=time.monotonic())
 
     async def ack(self, tokens: list[str]) -> None:
         """End leases for good."""

@@ -24,10 +24,19 @@ class ReplayActor:
     """
 
     def __init__(
-        self, *, run: str, journal: str, settings: ReplayConfig, batches: int, host: str, token: str | None
+        self,
+        *,
+        run: str,
+        journal: str,
+        settings: ReplayConfig,
+        batches: int,
+        responses: int,
+        max_length: int,
+        host: str,
+        token: str | None,
     ) -> None:
         self._journal = Journal(journal)
-        self._buffer = ReplayBuffer(settings, batches=batches)
+        self._buffer = ReplayBuffer(settings, batches=batches, responses=responses, max_length=max_length)
         self._broken: FolderError | None = None
         """Why the journal takes no more records; every call tells it, and the run ends with it."""
         try:
@@ -57,7 +66,7 @@ class ReplayActor:
         self._require_whole()
         record = self._buffer.issue(ids, cursor, at=time.time())
         if record is not None:
-            await self._commit(record)
+            await self._on_disk(self._fold(record))
         return self._buffer.ledger.entries[ids[0]].version
 
     async def admit(self, groups: list[ScoredGroup]) -> list[Receipt]:
@@ -68,10 +77,10 @@ class ReplayActor:
             receipt, record = self._buffer.admit(scored)
             receipts.append(receipt)
             if record is not None:
-                records.append(self._commit(record))
+                records.append(self._fold(record))
         self._metrics.duplicates.inc(sum(receipt.duplicate for receipt in receipts))
         self._metrics.refused.inc(self._buffer.refused - refused)
-        await asyncio.gather(*records)
+        await self._on_disk(*records)
         await self._settled()
         return receipts
 
@@ -82,7 +91,7 @@ class ReplayActor:
             self._require_whole()
             outcome = self._buffer.sample(version)
             if isinstance(outcome, BatchFormed):
-                await self._commit(outcome)
+                await self._on_disk(self._fold(outcome))
                 outcome = outcome.ids
             if isinstance(outcome, tuple):
                 await self._settled()
@@ -101,7 +110,7 @@ class ReplayActor:
         self._require_whole()
         record = self._buffer.trained(version, skipped=skipped)
         if record is not None:
-            await self._commit(record)
+            await self._on_disk(self._fold(record))
 
     async def evict(self, ids: list[GroupId], reason: str) -> list[GroupId]:
         """Evict groups in flight that have no outcome; returns which."""
@@ -141,19 +150,24 @@ class ReplayActor:
         return tuple(self._journal.find(ids))
 
     async def _evict(self, records: list[Evicted]) -> list[GroupId]:
-        await asyncio.gather(*(self._commit(record) for record in records))
+        await self._on_disk(*(self._fold(record) for record in records))
         return [record.id for record in records]
 
-    async def _commit(self, record: Record) -> None:
-        """Fold the record and wait until it is on disk."""
+    def _fold(self, record: Record) -> asyncio.Future[None]:
+        """Fold the record at once, in the same turn of the loop in which the buffer made it: between the two nothing
+        may look at the state. The future is done when it is on disk.
+        """
         self._buffer.apply(record)
         self._count(record)
         done = asyncio.get_running_loop().create_future()
         self._pending.append((record, done))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
+        return done
+
+    async def _on_disk(self, *records: asyncio.Future[None]) -> None:
         try:
-            await asyncio.wait_for(done, 60.0)
+            await asyncio.wait_for(asyncio.gather(*records), 60.0)
         except TimeoutError:
             raise DeadlineError(
                 "the journal did not reach the disk within 60 s: is the run folder's disk full?"

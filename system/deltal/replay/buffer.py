@@ -12,14 +12,20 @@ groups were left behind after batch 0, one of them would miss batch 1, so the le
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from deltal.config import ReplayConfig
 from deltal.errors import DataError, DeltalError, FilteredTooManyError, LearnerError
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Ledger, Record, Trained
 from deltal.types import Fate, GroupId, Receipt, ScoredGroup
+
+ROUNDING = 1e-3
+"""Nats by which a log-probability may be above 0 through rounding, in bfloat16 too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +41,12 @@ class ReplayBuffer:
     Args:
         settings: the room's settings.
         batches: how many batches the run trains in all; no more groups are issued than they need.
+        responses: of a group.
+        max_length: M, most tokens of a response.
     """
 
-    def __init__(self, settings: ReplayConfig, *, batches: int) -> None:
+    def __init__(self, settings: ReplayConfig, *, batches: int, responses: int, max_length: int) -> None:
+        self._responses, self._max_length = responses, max_length
         self.ledger = Ledger()
         self.settings = settings
         self.batches = batches
@@ -90,6 +99,9 @@ class ReplayBuffer:
             return Receipt(group=id, fate=entry.fate, step=entry.step, reason=entry.reason, duplicate=True), None
         if self.ledger.policy_version - scored.group.oldest_version > self.settings.max_staleness:
             return Receipt(group=id, fate="evicted", step=None, reason="stale"), Evicted(id, "stale")
+        if self._is_malformed(scored):
+            # A batch record that names it could never be trained, and would be redone at every resume.
+            return Receipt(group=id, fate="evicted", step=None, reason="malformed"), Evicted(id, "malformed")
         reason = self._filter_reason(scored)
         fate: Fate | None = "filtered" if reason else None
         return Receipt(group=id, fate=fate, step=None, reason=reason or ""), Admitted(scored, reason)
@@ -150,6 +162,22 @@ class ReplayBuffer:
             f"{count} groups in a row were filtered before batch {version}{beside}: all responses to a prompt got the "
             "same reward; the task is too easy or too hard, or its verifier does not find what the responses answer, "
             "or replay.filter should be `none`"
+        )
+
+    def _is_malformed(self, scored: ScoredGroup) -> bool:
+        """Whether no engine can have sampled this, or no learner could train on it."""
+        responses = scored.group.responses
+        if not responses:
+            return False  # a prompt too long
+        return (
+            len(responses) != self._responses
+            or any(
+                len(response.tokens) > self._max_length
+                or not np.isfinite(response.logprobs).all()
+                or bool((response.logprobs > ROUNDING).any())
+                for response in responses
+            )
+            or not all(math.isfinite(verdict.reward) for verdict in scored.verdicts)
         )
 
     def _filter_reason(self, scored: ScoredGroup) -> str | None:

@@ -1,7 +1,8 @@
 """RolloutWorker: leases prompts, samples whole groups, loads new weights between engine steps.
 
-One thread runs the engine and everything it touches; a second one long-polls the PolicyStore. The worker starts no
-group on weights older than the version stamped at issue, and streams each group out as soon as it is whole.
+One thread runs the engine and everything it touches; a second one long-polls the PolicyStore, a third renews leases
+whatever the engine is at, so that a load which takes longer than a lease loses none. The worker starts no group on
+weights older than the version stamped at issue, and streams each group out as soon as it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from deltal.config import RunConfig
 from deltal.data.chat import Chat
-from deltal.errors import TransferError
+from deltal.errors import DeltalError, TransferError, one_line
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import RolloutMetrics
 from deltal.queues.object_queue import get_by
@@ -28,6 +29,8 @@ from deltal.rollout.engine import Engine, Sampled, Sampling
 from deltal.types import Group, GroupId, Lease, PolicyVersion, Response, RolloutRequest
 
 RPC_SECONDS = 60.0
+AGAIN_SECONDS = 1.0
+"""Between two tries of a background thread."""
 
 
 @dataclass(slots=True)
@@ -47,6 +50,11 @@ def response_seed(run_seed: int, id: GroupId, response: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def _say(text: str) -> None:
+    """Into the actor's log."""
+    print(f"deltal: {text}", flush=True)  # noqa: T201
+
+
 class RolloutWorker:
     """Threaded Ray actor. `run` lasts until `stop`; its failure is the worker's failure."""
 
@@ -62,7 +70,10 @@ class RolloutWorker:
         self._offered: PolicyVersion[Any] | None = None
         self._polled: int | None = None
         self._stopping = threading.Event()
-        self._renewed = self._progress = time.monotonic()
+        self._gone: deque[GroupId] = deque()
+        """Groups that got their fate elsewhere; the engine's thread drops them."""
+        self._has_left = threading.Event()
+        self._progress = time.monotonic()
         self._busy_seconds = 0.0
         self._written = 0
         self._ready = False
@@ -105,21 +116,29 @@ class RolloutWorker:
             seed=self._config.run.seed,
         )
         threading.Thread(target=self._poll_policy, daemon=True, name="policy-poller").start()
+        threading.Thread(target=self._renew, daemon=True, name="lease-renewer").start()
         while not (self._stopping.is_set() and not self._open):
             self._load()
             if not self._stopping.is_set():
                 self._lease()
             self._start_held()
-            self._renew()
+            self._drop_gone()
             self._step()
+        self._has_left.set()
         self._give_back()
 
     def _poll_policy(self) -> None:
         """Long-poll the PolicyStore; the engine thread picks up what is offered."""
         while not self._stopping.is_set():
-            newer = get_by(
-                self._policy.wait_newer.remote(self._polled, 5.0), seconds=RPC_SECONDS, what="the PolicyStore's answer"
-            )
+            try:
+                newer = get_by(
+                    self._policy.wait_newer.remote(self._polled, 5.0), seconds=RPC_SECONDS,
+                    what="the PolicyStore's answer",
+                )  # fmt: skip
+            except (ray.exceptions.RayError, DeltalError) as error:
+                _say(f"{self.name} asks for new weights again: {one_line(error, line=0)}")
+                self._stopping.wait(AGAIN_SECONDS)
+                continue
             if newer is not None:
                 self._polled = newer.version
                 self._offered = newer
@@ -176,6 +195,10 @@ class RolloutWorker:
         waiting: deque[Lease[Any]] = deque()
         while self._held:
             lease = self._held.popleft()
+            if lease.key in self._open:
+                # Its lease had ended while this process was held up; the group goes on under the new one.
+                self._open[lease.key].token = lease.token
+                continue
             try:
                 request: RolloutRequest = get_by(lease.item[0], seconds=RPC_SECONDS, what=f"prompt of {lease.key}")
             except ray.exceptions.RayError:
@@ -260,14 +283,29 @@ class RolloutWorker:
         )
 
     def _renew(self) -> None:
-        """Renew leases a few times a lease period, so that long groups are not sampled twice."""
-        if time.monotonic() - self._renewed < self._config.replay.lease_seconds / 4:
-            return
-        self._renewed = time.monotonic()
-        held = [(opened.token, id) for id, opened in self._open.items()]
-        held += [(lease.token, lease.key) for lease in self._held]
-        if held:
-            self._prompts.renew.remote(held)
+        """Renew leases a few times a lease period, so that long groups are not sampled twice; hear of those whose group
+        has its fate already.
+        """
+        period = self._config.replay.lease_seconds / 4
+        while not self._has_left.wait(period):
+            # Copied in one go, which no other thread can interrupt.
+            held = [(opened.token, id) for id, opened in list(self._open.items())]
+            held += [(lease.token, lease.key) for lease in list(self._held)]
+            try:
+                if held:
+                    asked = self._prompts.renew.remote(held)
+                    self._gone.extend(get_by(asked, seconds=RPC_SECONDS, what="the prompt queue to renew leases"))
+            except (ray.exceptions.RayError, DeltalError) as error:
+                _say(f"{self.name} renews its leases again: {one_line(error, line=0)}")
+
+    def _drop_gone(self) -> None:
+        """End in the engine what nobody waits for any more: an evicted group would keep its place to the end."""
+        while self._gone:
+            opened = self._open.pop(self._gone.popleft(), None)
+            if opened is not None:
+                id = opened.request.id
+                self._engine.abort([f"{id}#{response}" for response in range(opened.request.responses)])
+                self._progress = time.monotonic()
 
     def _give_back(self) -> None:
         if self._held:

@@ -106,6 +106,7 @@ class Supervisor:
             .options(**forever, max_concurrency=1000)
             .remote(
                 run=self._run, journal=f"{self._folder}/journal", settings=config.replay, batches=config.run.steps,
+                responses=config.rollout.responses_per_prompt, max_length=config.rollout.max_response_tokens,
                 **self._common,
             )
         )  # fmt: skip
