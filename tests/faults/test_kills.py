@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from deltal.learner.redo import redo
@@ -149,3 +150,35 @@ def test_a_worker_that_was_held_up_beyond_its_lease_goes_on_with_its_groups_and_
     for group in groups:
         for response in group.responses:
             assert len(response.logprobs) == len(response.tokens)
+
+
+@pytest.mark.slow
+def test_a_process_that_lives_but_does_not_answer_is_ended_and_replaced(tmp_path: Path):
+    """SIGSTOP of each kind of member, never woken: no fault of its own would end it."""
+    with LiveRun(tmp_path, "run", *PLAIN, "run.silence_deadline=4") as run:
+        run.until(lambda: run.summary().get("state") == "training", "training to begin")
+        stopped = []
+        for victim in ("verify-0", "rollout-0", "learner-0"):
+            run.until_step(2 + newest(run))
+            stopped.append(run.pids()[victim])
+            os.kill(stopped[-1], signal.SIGSTOP)
+            run.until(lambda pid=stopped[-1]: not psutil.pid_exists(pid), f"{victim} to be ended", 60.0)
+            run.until(lambda who=victim: f"{who} gave no answer for" in run.text(), f"a line about {victim}", 10.0)
+        run.until_step(2 + newest(run))
+        seen = {"done": run.end(), "audit": run.audit(), "rows": run.rows(), "batches": batches(run)}
+    assert seen["done"]["restarts"] == {"verify": 1, "rollout": 1, "learner": 1}
+    assert_trained_once(seen)
+
+
+@pytest.mark.slow
+def test_a_controller_that_was_held_up_ends_nobody_and_loses_nothing(tmp_path: Path):
+    """SIGSTOP of the Controller for longer than every lease, heartbeat and the silence of its members; then SIGCONT."""
+    with LiveRun(tmp_path, "run", *PLAIN, "run.silence_deadline=15") as run:
+        run.until_step(2)
+        controller = run.controller_pid()
+        os.kill(controller, signal.SIGSTOP)
+        time.sleep(30.0)
+        os.kill(controller, signal.SIGCONT)
+        seen = {"done": run.end(), "audit": run.audit(), "rows": run.rows(), "batches": batches(run)}
+    assert seen["done"]["restarts"] == {}
+    assert_trained_once(seen)

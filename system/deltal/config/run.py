@@ -197,6 +197,9 @@ class LearnerConfig(Settings):
     num_cpus: Fraction = Field(1.0, description="Ray CPUs of one rank")
     num_gpus: Fraction = Field(0.0, description="Ray GPUs of one rank")
     rendezvous_deadline: Real = Field(120.0, gt=0.0, description="seconds all ranks have to meet")
+    step_deadline: Real = Field(
+        1800.0, gt=0.0, description="seconds one step, or loading, may take before all ranks are ended and start again"
+    )
     batch_deadline: Real = Field(
         1800.0, gt=0.0, description="seconds the learner waits for a batch before the run fails; pauses do not count"
     )
@@ -253,6 +256,9 @@ class RunSettings(Settings):
     steps: Positive = Field(20, description="batches to train")
     max_resumes: NonNegative = Field(3, description="how often the driver resumes after the Controller died")
     max_restarts: Positive = Field(10, description="deaths of one role the supervisor heals before the run fails")
+    silence_deadline: Real = Field(
+        120.0, gt=0.0, description="seconds a worker or learner rank may give no answer before it is ended and replaced"
+    )
     heartbeat_seconds: Real = Field(2.0, gt=0.0, description="of the run folder's lock; it ends after 10 missed beats")
     export: bool = Field(True, description="write a Hugging Face folder at the end")
     forked_from: str | None = Field(

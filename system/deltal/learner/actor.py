@@ -55,6 +55,7 @@ class LearnerRank:
         self._skipped: list[int] = []
         self._version = 0
         self._waiting_for, self._waits_since = "the model to load", time.monotonic()
+        self._progress: float | None = time.monotonic()
         self._offering = threading.Lock()
         self._metrics = LearnerMetrics(run, f"learner-{rank}")
         self._server = serve_metrics(self._metrics.registry, host=host, token=token)
@@ -77,13 +78,18 @@ class LearnerRank:
         self._listener = listener.detach()
         return host, port
 
+    def whereabouts(self) -> tuple[str, int]:
+        """Node and process id of this actor, to end a process that does not answer."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def stop(self) -> None:
         """Finish the step under way, checkpoint, leave."""
         self._stopping.set()
 
     def stats(self) -> dict[str, Any]:
-        """Version the learner is at, and what it waits for."""
-        return {"version": self._version, "waiting_for": self._waiting_for}
+        """Version the learner is at, what it waits for, and seconds since it last got on (0 when it is through)."""
+        stuck = 0.0 if self._progress is None else time.monotonic() - self._progress
+        return {"version": self._version, "waiting_for": self._waiting_for, "stuck_seconds": stuck}
 
     def take_weights(self, version: int) -> dict[str, Any] | None:
         """This rank's shard of the last published version, for the PolicyStore; None when a newer one is out.
@@ -127,6 +133,7 @@ class LearnerRank:
         trainer.save(keep=self._kept(trainer.version))
         trainer.finish()
         leave()
+        self._progress = None
         return trainer.version
 
     def export(self, target: str, facts: dict[str, Any]) -> int:
@@ -156,6 +163,7 @@ class LearnerRank:
             if self._rank == 0:
                 word, groups = self._await_batch(trainer.version)
             word = broadcast(word)
+            self._progress = time.monotonic()
         if word == "stop" or groups is not None:
             return groups
         answer = get_by(
@@ -196,7 +204,7 @@ class LearnerRank:
         """
         batch, result, rate = trainer.train(groups)
         _check_mismatch(result.sums, batch.version, self._config.learner.max_mismatch)
-        self._version = trainer.version
+        self._version, self._progress = trainer.version, time.monotonic()
         self._skipped = [*self._skipped, batch.version] if result.skipped else []
         seconds, digest = {"wait": waited}, None
         # Up to the newest published version a step is only redone: others have seen its outcome.

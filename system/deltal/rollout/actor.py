@@ -99,6 +99,10 @@ class RolloutWorker:
         """Process id of this actor."""
         return os.getpid()
 
+    def whereabouts(self) -> tuple[str, int]:
+        """Node and process id of this actor, to end a process that does not answer."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def stop(self) -> None:
         """Finish the groups under way, then leave; `run` returns."""
         self._stopping.set()

@@ -15,7 +15,7 @@ from deltal.config.file import resolve
 from deltal.errors import ConfigError
 
 FREE = (
-    "run.steps", "run.export", "run.max_resumes", "run.max_restarts", "run.heartbeat_seconds",
+    "run.steps", "run.export", "run.max_resumes", "run.max_restarts", "run.heartbeat_seconds", "run.silence_deadline",
     "rollout.workers", "rollout.max_sequences", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization",
     "rollout.threads", "rollout.num_cpus", "rollout.num_gpus", "rollout.step_deadline",
     "verify.workers", "verify.processes", "verify.num_cpus",

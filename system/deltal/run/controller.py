@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -64,11 +64,20 @@ class Controller:
         self._paused = self._is_admitting = False
         self._stop, self._issuing, self._slots_may_be_free = asyncio.Event(), asyncio.Lock(), asyncio.Event()
         self._evaluation: Evaluation | None = None
+        self._whole: asyncio.Task[dict[str, Any]] | None = None
 
     # --- what others call -------------------------------------------------------------------------
 
     async def run(self) -> dict[str, Any]:
-        """The whole run. Returns the summary; its `state` is done, stopped or failed (with `error`, `exit_code`)."""
+        """The whole run, begun by the first call; a driver that lost its answer on the way asks again.
+
+        Returns the summary; its `state` is done, stopped or failed (with `error`, `exit_code`).
+        """
+        if self._whole is None:
+            self._whole = asyncio.create_task(self._run_whole())
+        return await asyncio.shield(self._whole)
+
+    async def _run_whole(self) -> dict[str, Any]:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         outcome: dict[str, Any] = {}
         try:
@@ -137,7 +146,7 @@ class Controller:
     # --- the run, from start to end ---------------------------------------------------------------
 
     async def _run(self) -> None:
-        async with self._phase("starting"):
+        with self._observer.phase("starting"):
             await self._start()
         observer = self._observer
         loops = [
@@ -147,15 +156,15 @@ class Controller:
         ]
         try:
             if self._held_out and not observer.evaluations:
-                async with self._phase("evaluating", "evaluation_before"):
+                with self._observer.phase("evaluating", "evaluation_before"):
                     await self._evaluate("before")
-            async with self._phase("training"):
+            with self._observer.phase("training"):
                 await self._train()
             if self._held_out:
-                async with self._phase("evaluating", "evaluation_after"):
+                with self._observer.phase("evaluating", "evaluation_after"):
                     await self._evaluate("after")
             if self._config.run.export and self._folder.is_local:
-                async with self._phase("exporting"):
+                with self._observer.phase("exporting"):
                     await self._export()
         finally:
             self._is_admitting = False
@@ -313,7 +322,6 @@ class Controller:
     async def _reconcile(self) -> None:
         """Put again what exists and is nowhere; evict what is overdue or ends its readers."""
         services = self._supervisor.services
-        await self._supervisor.end_stuck()
         async with self._issuing:
             await self._evict()
             # The order matters: a group moves from prompt queue to rollout queue to the buffer, never back.
@@ -386,13 +394,3 @@ class Controller:
         if not self._failure.done():
             known = isinstance(error, DeltalError)
             self._failure.set_exception(error if known else DeltalError(f"{type(error).__name__}: {one_line(error)}"))
-
-    @contextlib.asynccontextmanager
-    async def _phase(self, state: str, name: str = "") -> AsyncIterator[None]:
-        self._observer.enter(state)
-        self._observer.message = ""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._observer.add_seconds(name or state, time.monotonic() - started)

@@ -27,6 +27,8 @@ from deltal.run.controller import Controller
 
 NAMESPACE = "deltal"
 GIB = 2**30
+UNREACHABLE_SECONDS = 600.0
+"""Without any answer of the Controller, until the driver gives up."""
 MEMORY_SECONDS = 30.0
 """Between two looks at the memory of the whole process tree."""
 Status = dict[str, Any]
@@ -146,25 +148,37 @@ def require_answer(address: str) -> None:
 def _live(
     config: RunConfig, folder: RunFolder, token: str | None, show: Callable[[Status], None], *, is_local: bool
 ) -> dict[str, Any]:
-    """One life of the Controller. Raises ActorDiedError when it dies."""
-    peak, looked = 0.0, 0.0
+    """One life of the Controller. Raises ActorDiedError when it dies, DeadlineError when it cannot be reached."""
+    peak, looked, reached = 0.0, 0.0, time.monotonic()
     controller = _create(config, folder, token)
     finished = controller.run.remote()
     with _stop_on_signal(controller):
         while True:
             done, _ = ray.wait([finished], timeout=1.0)
+            if time.monotonic() - reached > UNREACHABLE_SECONDS:
+                raise DeadlineError(
+                    f"the Controller could not be reached for {UNREACHABLE_SECONDS:.0f} s; when its node is back, or "
+                    f"gone for good, `deltal resume {folder.name}` goes on"
+                )
             # Walking the page tables of large processes costs them time, so it is done rarely.
             if is_local and (done or time.monotonic() - looked > MEMORY_SECONDS):
                 peak, looked = max(peak, tree_gib()), time.monotonic()
             if done:
-                summary: dict[str, Any] = ray.get(finished)
+                try:
+                    summary: dict[str, Any] = ray.get(finished)
+                except ray.exceptions.ActorUnavailableError:
+                    # A network that is away for a moment, or a node on its way out: the next answer will tell.
+                    time.sleep(1.0)
+                    finished = controller.run.remote()
+                    continue
                 if is_local:
                     summary["peak_memory_gib"] = peak
                     with contextlib.suppress(FolderError):
                         folder.write_json("summary.json", summary)
                 return summary
-            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
                 show(ray.get(controller.status.remote(), timeout=5.0))
+                reached = time.monotonic()
 
 
 def _create(config: RunConfig, folder: RunFolder, token: str | None) -> Any:

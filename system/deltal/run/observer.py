@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from deltal.config import RunConfig
@@ -65,19 +66,16 @@ class Observer:
         if supervisor is None or not supervisor.services:
             return
         ask, services = supervisor.ask, supervisor.services
-        workers = [member for _, member in supervisor.running("rollout")]
-        learner = [member for _, member in supervisor.running("learner")][:1]
-        depths, replay, stats = await asyncio.gather(
+        depths, replay, _ = await asyncio.gather(
             asyncio.gather(*(ask(services[queue].depth.remote()) for queue in ("prompt", "rollout"))),
             ask(services["replay"].state.remote()),
-            asyncio.gather(*(ask(member.handle.stats.remote()) for member in [*learner, *workers])),
+            supervisor.look_after(),
         )
         self._depths = {queue: depth or {} for queue, depth in zip(("prompt", "rollout"), depths, strict=True)}
         self._replay = replay or self._replay
-        if learner:
-            self._learner = stats[0] or self._learner
-        told = zip(workers, stats[len(learner) :], strict=True)
-        self._workers |= {member.name: found for member, found in told if found}
+        for _, rank in supervisor.running("learner")[:1]:
+            self._learner = rank.stats or self._learner
+        self._workers |= {member.name: member.stats for _, member in supervisor.running("rollout") if member.stats}
         self._pending = await self._find_pending(supervisor)
         if self._looks % 5 == 0:
             self.targets = await self._find_targets(supervisor)
@@ -100,9 +98,15 @@ class Observer:
         for name in STATES:
             self.metrics.state.labels(state=name).set(name == state)
 
-    def add_seconds(self, phase: str, seconds: float) -> None:
-        """Time spent in a phase, over all lives of the run."""
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+    @contextlib.contextmanager
+    def phase(self, state: str, name: str = "") -> Iterator[None]:
+        """Be in `state`; its time counts for the phase `name`, over all lives of the run."""
+        self.enter(state)
+        self.message, started, name = "", time.monotonic(), name or state
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
 
     def take_row(self, row: dict[str, Any]) -> None:
         """A finished step; completed here with what the learner does not know."""

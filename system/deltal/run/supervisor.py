@@ -8,6 +8,7 @@ ends all ranks, which start again together with a new rendezvous.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter, deque
@@ -15,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deltal.config import LearnerConfig, RolloutConfig, RunConfig, VerifyConfig
 from deltal.errors import ActorLostError, DeltalError, ResourceError, one_line
@@ -29,6 +31,8 @@ from deltal.rollout.actor import RolloutWorker
 from deltal.verify.actor import Verifier
 
 RPC_SECONDS = 60.0
+LONGEST_LOOK = 10.0
+"""Seconds that one look at the members can take."""
 RESTART_WINDOW = 600.0
 """Seconds over which deaths of one role are counted against `run.max_restarts`."""
 
@@ -45,6 +49,15 @@ class Member:
     """It has no place yet, or is starting there."""
     watch: asyncio.Task[None] | None = None
     leaving: bool = False
+    node: str = ""
+    pid: int = 0
+    """Where it runs, once it has started."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """What it last answered."""
+    silent: float = 0.0
+    """Seconds since then, of those in which it was asked."""
+    ended: str = ""
+    """Why the supervisor ends it; empty while it does not."""
     born: float = field(default_factory=time.monotonic)
 
 
@@ -83,6 +96,8 @@ class Supervisor:
         self._numbers = {"rollout": itertools.count(), "verify": itertools.count()}
         self._deaths: dict[str, deque[float]] = {}
         self._group: PlacementGroup | None = None
+        self._looked = time.monotonic()
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self.members: dict[str, dict[str, Member]] = {"rollout": {}, "verify": {}, "learner": {}}
         self.wanted = {"rollout": 0, "verify": 0}
         self.restarts: Counter[str] = Counter()
@@ -148,7 +163,8 @@ class Supervisor:
         ]  # fmt: skip
         host, port = "", 0
         try:
-            await asyncio.gather(*(answer(rank.pid.remote(), settings.rendezvous_deadline) for rank in ranks))
+            calls = (answer(rank.whereabouts.remote(), settings.rendezvous_deadline) for rank in ranks)
+            places = await asyncio.gather(*calls)
             if settings.ranks > 1:
                 host, port = await answer(ranks[0].open_rendezvous.remote(), settings.rendezvous_deadline)
         except TimeoutError:
@@ -160,7 +176,8 @@ class Supervisor:
             raise ActorLostError(f"a learner rank died while it started: {one_line(error, line=0)}") from error
         is_to_stop = any(member.leaving for member in self.members["learner"].values())  # those before these
         self.members["learner"] = {
-            f"learner-{i}": Member(f"learner-{i}", handle, bundle) for i, handle in enumerate(ranks)
+            f"learner-{i}": Member(f"learner-{i}", handle, bundle, node=node, pid=pid)
+            for i, (handle, (node, pid)) in enumerate(zip(ranks, places, strict=True))
         }
         runs = [handle.run.remote(host, port) for handle in ranks]
         self._learner_watch = asyncio.create_task(self._watch_learner(runs))
@@ -227,15 +244,43 @@ class Supervisor:
         found = await asyncio.gather(*(self.ask(handle.pid.remote()) for handle in handles.values()))
         return {name: pid for name, pid in zip(handles, found, strict=True) if pid}
 
-    async def end_stuck(self) -> None:
-        """End RolloutWorkers whose engine makes no steps: a live process is not a live engine."""
-        limit = self._config.rollout.step_deadline
-        members = [member for _, member in self.running("rollout")]
-        told = await asyncio.gather(*(self.ask(member.handle.stats.remote()) for member in members))
-        for member, stats in zip(members, told, strict=True):
-            if stats and stats["stuck_seconds"] > limit:
-                self._say(f"{member.name} made no engine step for {stats['stuck_seconds']:.0f} s and is replaced")
-                ray.kill(member.handle)
+    async def look_after(self) -> None:
+        """Ask all members how they are. Who gives no answer, or makes no progress, beyond its deadline is ended, for a
+        living process is not a working one; who watches it replaces it.
+        """
+        members, started = self.running(), time.monotonic()
+        # A Controller that was held up itself has asked nobody meanwhile.
+        since, self._looked = min(started - self._looked, LONGEST_LOOK), started
+        told = await asyncio.gather(*(self.ask(member.handle.stats.remote(), 3.0) for _, member in members))
+        for (role, member), stats in zip(members, told, strict=True):
+            member.stats, member.silent = (stats, 0.0) if stats else (member.stats, member.silent + since)
+            stuck = member.stats.get("stuck_seconds", 0.0)
+            if member.ended:
+                continue
+            if member.silent > self._config.run.silence_deadline:
+                self._end(member, f"gave no answer for {member.silent:.0f} s")
+            elif stuck > self._progress_deadline(role):
+                self._end(member, f"made no progress for {stuck:.0f} s")
+
+    def _progress_deadline(self, role: str) -> float:
+        config = self._config
+        if role == "verify":
+            # A group's responses may be judged one after the other, each to the end of its time.
+            return RPC_SECONDS + config.verify.timeout * config.rollout.responses_per_prompt
+        return config.rollout.step_deadline if role == "rollout" else config.learner.step_deadline
+
+    def _end(self, member: Member, why: str) -> None:
+        """End a member's process by its id, on its node: ray.kill leaves a stopped one where it is, with its memory."""
+        member.ended = why
+        self._say(f"{member.name} {why}; it is ended and replaced")
+
+        async def end() -> None:
+            place = NodeAffinitySchedulingStrategy(member.node, soft=False)
+            task = ray.remote(end_process).options(num_cpus=0, scheduling_strategy=place)
+            await self.ask(task.remote(member.pid), RPC_SECONDS)
+            ray.kill(member.handle)
+
+        self._ending[member.name] = asyncio.create_task(end())
 
     def _add(self, role: str) -> None:
         name = f"{role}-{next(self._numbers[role])}"
@@ -277,7 +322,7 @@ class Supervisor:
     async def _watch(self, role: str, member: Member) -> None:
         """Wait for a worker's start, however long that takes, and for its end; replace it unless it was to leave."""
         try:
-            await asyncio.wrap_future(member.handle.pid.remote().future())
+            member.node, member.pid = await asyncio.wrap_future(member.handle.whereabouts.remote().future())
             member.pending = False
             await asyncio.wrap_future(member.handle.run.remote().future())
             died = None
@@ -287,7 +332,7 @@ class Supervisor:
         ray.kill(member.handle)
         if member.leaving or died is None:
             return
-        if self._count_death(role, member.name, died):
+        if self._count_death(role, member, died):
             self._add(role)
 
     async def _watch_learner(self, runs: list[Any]) -> None:
@@ -297,16 +342,17 @@ class Supervisor:
             self.learner_done.set_result(versions[0])
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
+            ended = next((member for member in self.members["learner"].values() if member.ended), None)
             for member in self.members["learner"].values():
                 ray.kill(member.handle)
             if isinstance(cause, DeltalError):
                 self._failed(cause)
             else:
-                await self._restart_learner(error)
+                await self._restart_learner(error, ended)
 
-    async def _restart_learner(self, died: BaseException) -> None:
+    async def _restart_learner(self, died: BaseException, ended: Member | None) -> None:
         """Start all ranks again, also when one dies while it starts; fails the run after too many deaths."""
-        while self._count_death("learner", "a learner rank", died):
+        while self._count_death("learner", ended, died):
             try:
                 await self.start_learner()
                 return
@@ -316,8 +362,9 @@ class Supervisor:
                 self._failed(error)
                 return
 
-    def _count_death(self, role: str, name: str, error: BaseException) -> bool:
-        """Note a death; False when it was one too many and the run fails."""
+    def _count_death(self, role: str, member: Member | None, error: BaseException) -> bool:
+        """Note a death; False when it was one too many and the run fails. `member`: who died, where that is known."""
+        name = member.name if member else f"a {role} rank"
         self.restarts[role] += 1
         deaths = self._deaths.setdefault(role, deque())
         deaths.append(time.monotonic())
@@ -327,9 +374,18 @@ class Supervisor:
         if isinstance(cause, DeltalError) and cause.exit_code == 2:
             self._failed(cause)
             return False
-        text = one_line(error, line=0)
+        text = f"it {member.ended}" if member and member.ended else one_line(error, line=0)
         if len(deaths) > self._config.run.max_restarts:
             self._failed(ActorLostError(f"{name} died, the {len(deaths)}th of its role in 10 minutes: {text}"))
             return False
-        self._say(f"{name} died and is replaced: {text}")
+        if not (member and member.ended):  # of which it was told when it was ended
+            self._say(f"{name} died and is replaced: {text}")
         return True
+
+
+def end_process(pid: int) -> None:
+    """Task body: kill -9 of an actor's process on this node, if it is one still."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if any("ray::" in part for part in process.cmdline()):
+            process.kill()

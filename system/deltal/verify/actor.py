@@ -35,6 +35,7 @@ class Verifier:
         self._rollouts, self._replay, self._controller = rollouts, replay, controller
         self._held: dict[str, Any] = {}
         self._stopping = threading.Event()
+        self._progress = time.monotonic()
         self._metrics = VerifyMetrics(run, name)
         self._server = serve_metrics(self._metrics.registry, host=host, token=token)
 
@@ -46,9 +47,17 @@ class Verifier:
         """Process id of this actor."""
         return os.getpid()
 
+    def whereabouts(self) -> tuple[str, int]:
+        """Node and process id of this actor, to end a process that does not answer."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def stop(self) -> None:
         """Finish the groups at hand, then leave; `run` returns."""
         self._stopping.set()
+
+    def stats(self) -> dict[str, Any]:
+        """Seconds since it last got on: leased something or had nothing to lease, or finished a group."""
+        return {"stuck_seconds": time.monotonic() - self._progress}
 
     def run(self) -> None:
         """The verification loop. Returns after `stop`."""
@@ -59,10 +68,12 @@ class Verifier:
         ) as pool:
             while not self._stopping.is_set():
                 leases = get_by(self._rollouts.lease.remote(4, 1.0), seconds=RPC_SECONDS, what="the rollout queue")
+                self._progress = time.monotonic()
                 self._held = {lease.token: lease.key for lease in leases}
                 for lease in leases:
                     self._handle(pool, lease)
                     self._held.pop(lease.token, None)
+                    self._progress = time.monotonic()
 
     def _handle(self, pool: SandboxPool, lease: Lease[Any]) -> None:
         try:
