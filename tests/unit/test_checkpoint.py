@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal.errors import LearnerError
+from deltal.errors import FolderError, LearnerError
 from deltal.learner import checkpoint, rng
 from deltal.learner.checkpoint import Checkpoints
 from deltal.learner.checksum import problem_of, sum_of
@@ -352,7 +352,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_in_one_line_and_loses_n
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         learner.begin(store, 2)
-        with pytest.raises(LearnerError, match=f"checkpoint {folder}/00000002 could not be written: ") as error:
+        with pytest.raises(FolderError, match=f"{folder}/00000002 cannot be written: .*; free some") as error:
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
