@@ -44,7 +44,7 @@ class Admitted(msgspec.Struct, tag="admitted", frozen=True):
 
 
 class Evicted(msgspec.Struct, tag="evicted", frozen=True):
-    """A group was removed: stale, deadline or poisoned."""
+    """A group was removed: stale, deadline, poisoned or malformed."""
 
     id: GroupId
     reason: str
