@@ -26,7 +26,7 @@ from deltal.learner.self_check import check_forward
 from deltal.rollout import vllm_engine
 from deltal.rollout.engine import Sampling
 from deltal.types import TensorBytes
-from tests.system.test_engine import disturb, logprobs
+from tests.system.test_engine import PROMPT, disturb, greedy, logprobs
 from tests.unit.builders import family_folder, run_config
 from tests.unit.families import COMPUTED, ENGINE_APART, ENGINE_REFUSES, settings_of
 
@@ -39,7 +39,6 @@ EACH = [
     for family in COMPUTED
     if family not in ENGINE_REFUSES
 ]
-PROMPT = np.arange(60, 100, dtype=np.int32)
 GREEDY = Sampling(temperature=0.0, max_tokens=12, seed=None, stop_token_ids=())
 WILD = Sampling(temperature=2.0, max_tokens=24, seed=5, stop_token_ids=())
 
@@ -130,16 +129,6 @@ def exported(model: torch.nn.Module, version: int, folder: str, place: Path) -> 
     return AutoModelForCausalLM.from_pretrained(place / f"out-{version}", dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
-def next_tokens(model: torch.nn.Module, count: int) -> list[int]:
-    """Greedy, by plain transformers, one forward a token."""
-    tokens = torch.as_tensor(PROMPT.astype(np.int64))[None]
-    with torch.no_grad():
-        for _ in range(count):
-            following = model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()
-            tokens = torch.cat([tokens, following[None, None]], dim=1)
-    return tokens[0, len(PROMPT) :].tolist()
-
-
 @pytest.mark.parametrize("family", EACH)
 def test_learner_engine_and_export_are_the_same_model_before_and_after_updates(
     family: str, engine: Engine, tmp_path: Path
@@ -155,8 +144,8 @@ def test_learner_engine_and_export_are_the_same_model_before_and_after_updates(
         plain = exported(model, version, folder, tmp_path)
         engine.ask("load", version, shard_of(model))
         done = engine.ask("sample")
-        greedy = done["greedy"].tokens.tolist()  # less than 12 when one of them ends it
-        assert greedy == next_tokens(plain, len(greedy)), version
+        sampled = done["greedy"].tokens.tolist()  # less than 12 when one of them ends it
+        assert sampled == greedy(plain, len(sampled)), version
         told = logprobs(plain, PROMPT, done["wild"].tokens, 2.0)
         assert np.abs(told - done["wild"].logprobs).max() < ENGINE_APART.get(family, 2e-4), version
         seen.add(round(float(told.sum()), 3))
