@@ -52,7 +52,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         return {"policy_version": len(self.trained_versions)}
 
-    def sample(self, version: int, wait_seconds: float) -> tuple[ScoredGroup, ...] | Waiting:
+    def sample(self, version: int, wait_seconds: float) -> list[tuple[ScoredGroup, ...]] | Waiting:
         if self.asked < self.waits:
             time.sleep(0.01)
             return Waiting(why="3 of 4 groups")
@@ -64,7 +64,7 @@ class Run:
             wrong = dataclasses.replace(group.responses[0], logprobs=np.full(3, np.nan))
             changed = dataclasses.replace(group, responses=(wrong, *group.responses[1:]))
             groups[0] = dataclasses.replace(groups[0], group=changed)
-        return tuple(groups)
+        return [tuple(groups)]
 
     def trained(self, version: int, skipped: bool) -> None:
         if version == len(self.trained_versions):

@@ -125,3 +125,15 @@ def test_who_holds_what_was_removed_is_told_and_its_lease_is_not_made_again():
     assert queue.keys(now=1.0) == {gid(1)}
     assert queue.put([(gid(0), "of another evaluation")], now=2.0) == 1
     assert queue.renew(held[1:], now=2.0) == []
+
+
+def test_what_two_readers_died_of_is_handed_out_alone():
+    queue = filled(4)
+    for now in (0.0, 10.0):
+        assert len(queue.lease(2, now=now)) == 2
+    later = [queue.lease(3, now=20.0) for _ in range(3)]
+    assert [[lease.key for lease in leases] for leases in later] == [[gid(0)], [gid(1)], [gid(2), gid(3)]]
+    assert [leases[0].deliveries for leases in later] == [3, 3, 1]
+    queue.ack([later[1][0].token])
+    queue.expire(now=30.0)
+    assert queue.delivered(3) == [gid(0)], "only what its reader died of alone is poisoned"

@@ -166,13 +166,24 @@ class LearnerRank:
             self._progress = time.monotonic()
         if word == "stop" or groups is not None:
             return groups
-        answer = get_by(
-            self._replay.sample.remote(trainer.version, 1.0), seconds=RPC_SECONDS,
-            what=f"the recorded batch {trainer.version}",
-        )  # fmt: skip
-        if not isinstance(answer, tuple):
-            raise LearnerError(f"batch {trainer.version} was promised, but the ReplayBuffer waits for {answer.why}")
-        return answer
+        deadline = time.monotonic() + RPC_SECONDS
+        while isinstance(found := self._sample(trainer.version), str):
+            if time.monotonic() > deadline:
+                raise LearnerError(f"batch {trainer.version} was promised, but the learner waits for {found}")
+        return found
+
+    def _sample(self, version: int) -> tuple[ScoredGroup, ...] | str:
+        """Batch `version`, or what it waits for."""
+        answer = get_by(self._replay.sample.remote(version, 1.0), seconds=RPC_SECONDS, what="the ReplayBuffer's answer")
+        if not isinstance(answer, list):
+            return str(answer.why)
+        try:
+            groups: tuple[ScoredGroup, ...] = get_by(
+                answer[0], seconds=RPC_SECONDS, what=f"the groups of batch {version}"
+            )
+        except ray.exceptions.RayError:
+            return "a ReplayBuffer that died with the batch in its hands, and reads it back"
+        return groups
 
     def _await_batch(self, version: int) -> tuple[str, tuple[ScoredGroup, ...] | None]:
         """`go` and batch `version`, `stop` when asked to, `wait` after WORD_SECONDS without either.
@@ -181,13 +192,11 @@ class LearnerRank:
         """
         limit, until = self._config.learner.batch_deadline, time.monotonic() + WORD_SECONDS
         while not self._stopping.is_set():
-            answer = get_by(
-                self._replay.sample.remote(version, 1.0), seconds=RPC_SECONDS, what="the ReplayBuffer's answer"
-            )
-            if isinstance(answer, tuple):
+            found = self._sample(version)
+            if not isinstance(found, str):
                 self._waiting_for = "nothing"
-                return "go", answer
-            self._waiting_for = f"batch {version}: {answer.why}"
+                return "go", found
+            self._waiting_for = f"batch {version}: {found}"
             if time.monotonic() < until:
                 continue
             # A pause, or an evaluation before training, is nobody's delay.

@@ -17,6 +17,8 @@ from deltal.types import GroupId, Lease
 T = TypeVar("T")
 
 
+SUSPECT = 2
+"""Leases that ended without an ack, after which an entry may be what ends its readers: no other is to fall with it."""
 REMEMBERED = 10_000
 """Removed keys that are kept, to tell those who still hold them."""
 
@@ -60,10 +62,12 @@ class LeaseQueue(Generic[T]):
         return new
 
     def lease(self, count: int, *, now: float) -> list[Lease[T]]:
-        """Up to `count` entries from the front, each with its own token."""
+        """Up to `count` entries from the front, each with its own token. A suspect comes alone."""
         self.expire(now=now)
         leases: list[Lease[T]] = []
-        while self._waiting and len(leases) < count:
+        while self._waiting and len(leases) < count and not (leases and leases[-1].deliveries > SUSPECT):
+            if leases and self._deliveries.get(next(iter(self._waiting)), 0) >= SUSPECT:
+                break
             key, (item, _) = self._waiting.popitem(last=False)
             token = f"{self._incarnation}-{next(self._counter)}"
             deadline = now + self.lease_seconds

@@ -7,6 +7,8 @@ import os
 import time
 from typing import Any
 
+import ray
+
 from deltal.config import ReplayConfig
 from deltal.errors import DeadlineError, FolderError, JournalError
 from deltal.monitor.http import serve_metrics
@@ -15,6 +17,9 @@ from deltal.replay.buffer import ReplayBuffer, Waiting
 from deltal.replay.journal import Journal
 from deltal.replay.ledger import Admitted, BatchFormed, Evicted, Issued, Record, Trained
 from deltal.types import GroupId, Receipt, ScoredGroup
+
+Boxed = list[Any]
+"""A reference in a list, which Ray hands on as it is."""
 
 
 class ReplayActor:
@@ -48,6 +53,7 @@ class ReplayActor:
             self._buffer.apply(record)
         self._pending: list[tuple[Record, asyncio.Future[None]]] = []
         self._writing: list[tuple[Record, asyncio.Future[None]]] = []
+        self._boxes: dict[int, asyncio.Future[Boxed]] = {}
         self._changed = asyncio.Condition()
         self._flusher: asyncio.Task[None] | None = None
         self._metrics = ReplayMetrics(run, "replay")
@@ -84,8 +90,10 @@ class ReplayActor:
         await self._settled()
         return receipts
 
-    async def sample(self, version: int, wait_seconds: float) -> tuple[ScoredGroup, ...] | Waiting:
-        """Batch `version`, the same at each call; `Waiting` when there is none after `wait_seconds`."""
+    async def sample(self, version: int, wait_seconds: float) -> Boxed | Waiting:
+        """Batch `version`, the same at each call: a list that holds a reference to its groups, the same one for every
+        rank. `Waiting` when there is none after `wait_seconds`.
+        """
         deadline = time.monotonic() + wait_seconds
         while True:
             self._require_whole()
@@ -95,7 +103,7 @@ class ReplayActor:
                 outcome = outcome.ids
             if isinstance(outcome, tuple):
                 await self._settled()
-                return self._groups(outcome)
+                return await self._boxed(version, outcome)
             left = deadline - time.monotonic()
             if left <= 0:
                 return outcome
@@ -143,11 +151,22 @@ class ReplayActor:
             "skipped": ledger.skipped,
         }
 
-    def _groups(self, ids: tuple[GroupId, ...]) -> tuple[ScoredGroup, ...]:
+    async def _boxed(self, version: int, ids: tuple[GroupId, ...]) -> Boxed:
+        """One reference for all ranks that ask; the one of the batch before is let go."""
+        if version not in self._boxes:
+            self._boxes = {version: asyncio.ensure_future(self._box(ids))}
+        try:
+            return await asyncio.shield(self._boxes[version])
+        except BaseException:
+            self._boxes.pop(version, None)
+            raise
+
+    async def _box(self, ids: tuple[GroupId, ...]) -> Boxed:
         ready = self._buffer.ready
         if all(id in ready for id in ids):
-            return tuple(ready[id] for id in ids)
-        return tuple(self._journal.find(ids))
+            return [ray.put(tuple(ready[id] for id in ids))]
+        # Read back once, and not on the loop: admissions go on meanwhile.
+        return [ray.put(tuple(await asyncio.to_thread(self._journal.find, ids)))]
 
     async def _evict(self, records: list[Evicted]) -> list[GroupId]:
         await self._on_disk(*(self._fold(record) for record in records))

@@ -24,6 +24,7 @@ from deltal.data.chat import Chat
 from deltal.errors import DeltalError, TransferError, one_line
 from deltal.monitor.http import serve_metrics
 from deltal.monitor.metrics import RolloutMetrics
+from deltal.queues.lease_queue import SUSPECT
 from deltal.queues.object_queue import get_by
 from deltal.rollout.engine import Engine, Sampled, Sampling
 from deltal.types import Group, GroupId, Lease, PolicyVersion, Response, RolloutRequest
@@ -41,6 +42,8 @@ class _Open:
     token: str
     prompt_tokens: NDArray[np.int32]
     started: float
+    is_suspect: bool
+    """Two workers that held it died: nothing else is sampled beside it."""
     responses: dict[int, Sampled] = field(default_factory=dict)
 
 
@@ -183,7 +186,7 @@ class RolloutWorker:
 
     def _lease(self) -> None:
         """Take as many prompts as there is room for; waits for one only when there is nothing else to do."""
-        if self._engine.version is None or self._held:
+        if self._engine.version is None or self._held or any(opened.is_suspect for opened in self._open.values()):
             return
         size = self._config.rollout.responses_per_prompt
         room = (self._config.rollout.max_sequences - self._engine.running) // size
@@ -207,17 +210,20 @@ class RolloutWorker:
                 request: RolloutRequest = get_by(lease.item[0], seconds=RPC_SECONDS, what=f"prompt of {lease.key}")
             except ray.exceptions.RayError:
                 continue  # The queue died with its payload; reconcile puts the group again.
-            if self._engine.version is None or request.issued_version > self._engine.version:
+            is_suspect = lease.deliveries > SUSPECT
+            is_too_new = self._engine.version is None or request.issued_version > self._engine.version
+            # What may end this process is sampled when nothing else is.
+            if is_too_new or (is_suspect and self._open):
                 waiting.append(lease)
             else:
-                self._start(request, lease.token)
+                self._start(request, lease.token, is_suspect=is_suspect)
         self._held = waiting
         if waiting and not self._engine.running:
             time.sleep(0.02)
 
-    def _start(self, request: RolloutRequest, token: str) -> None:
+    def _start(self, request: RolloutRequest, token: str, *, is_suspect: bool) -> None:
         tokens = self._chat.encode(request.prompt)
-        opened = _Open(request, token, tokens, time.monotonic())
+        opened = _Open(request, token, tokens, time.monotonic(), is_suspect)
         if len(tokens) > self._config.chat.max_prompt_tokens:
             self._metrics.prompts_too_long.inc()
             self._send(opened)

@@ -27,6 +27,8 @@ from deltal.run.controller import Controller
 
 NAMESPACE = "deltal"
 GIB = 2**30
+FORGIVEN_SECONDS = 3600.0
+"""A Controller that lived for so long has the deaths before it forgotten."""
 UNREACHABLE_SECONDS = 600.0
 """Without any answer of the Controller, until the driver gives up."""
 MEMORY_SECONDS = 30.0
@@ -45,16 +47,18 @@ def drive(
     with FolderLock(folder, beat=config.run.heartbeat_seconds, on_loss=_lost_folder), cluster(address, plan) as where:
         place = {"address": where, "namespace": NAMESPACE, "controller": actor_name(folder)}
         folder.write_json("cluster.json", place | {"auth": os.environ.get("RAY_AUTH_MODE")})
-        for life in range(config.run.max_resumes + 1):
+        deaths = 0
+        while True:
+            began = time.monotonic()
             try:
                 return _live(config, folder, token, show, is_local=address is None)
             except ray.exceptions.ActorDiedError as error:
-                if life == config.run.max_resumes:
+                deaths = 1 if time.monotonic() - began > FORGIVEN_SECONDS else deaths + 1
+                if deaths > config.run.max_resumes:
                     raise ActorLostError(
-                        f"the Controller died {life + 1} times; last: {one_line(error, line=0)}"
+                        f"the Controller died {deaths} times; last: {one_line(error, line=0)}"
                     ) from None
                 print(f"deltal: the Controller died; resuming the run ({one_line(error, line=0)})", file=sys.stderr)  # noqa: T201
-    raise AssertionError("unreachable")
 
 
 def tree_gib() -> float:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +28,12 @@ from deltal.policy.store import PolicyStore
 from deltal.queues.object_queue import ObjectQueue, own_cause
 from deltal.replay.actor import ReplayActor
 from deltal.rollout.actor import RolloutWorker
+from deltal.run.deaths import DeathBudget, is_blameless
 from deltal.verify.actor import Verifier
 
 RPC_SECONDS = 60.0
 LONGEST_LOOK = 10.0
 """Seconds that one look at the members can take."""
-RESTART_WINDOW = 600.0
-"""Seconds over which deaths of one role are counted against `run.max_restarts`."""
 
 
 @dataclass(slots=True)
@@ -94,13 +93,12 @@ class Supervisor:
         self._say, self._failed = say, failed
         self._common: dict[str, Any] = {"host": config.monitor.host, "token": token}
         self._numbers = {"rollout": itertools.count(), "verify": itertools.count()}
-        self._deaths: dict[str, deque[float]] = {}
+        self._deaths = DeathBudget(config.run.max_restarts)
         self._group: PlacementGroup | None = None
         self._looked = time.monotonic()
         self._ending: dict[str, asyncio.Task[None]] = {}
         self.members: dict[str, dict[str, Member]] = {"rollout": {}, "verify": {}, "learner": {}}
         self.wanted = {"rollout": 0, "verify": 0}
-        self.restarts: Counter[str] = Counter()
         self.services: dict[str, Any] = {}
         self.model = ""
         self.learner_done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -244,6 +242,11 @@ class Supervisor:
         found = await asyncio.gather(*(self.ask(handle.pid.remote()) for handle in handles.values()))
         return {name: pid for name, pid in zip(handles, found, strict=True) if pid}
 
+    @property
+    def restarts(self) -> Counter[str]:
+        """Deaths of members, by role."""
+        return self._deaths.told
+
     async def look_after(self) -> None:
         """Ask all members how they are. Who gives no answer, or makes no progress, beyond its deadline is ended, for a
         living process is not a working one; who watches it replaces it.
@@ -333,7 +336,9 @@ class Supervisor:
         if member.leaving or died is None:
             return
         if self._count_death(role, member, died):
-            self._add(role)
+            await asyncio.sleep(self._deaths.backoff(role))
+            if sum(not one.leaving for one in self.members[role].values()) < self.wanted[role]:
+                self._add(role)
 
     async def _watch_learner(self, runs: list[Any]) -> None:
         """Wait for all ranks; when one dies, end the others and start all again."""
@@ -353,6 +358,7 @@ class Supervisor:
     async def _restart_learner(self, died: BaseException, ended: Member | None) -> None:
         """Start all ranks again, also when one dies while it starts; fails the run after too many deaths."""
         while self._count_death("learner", ended, died):
+            await asyncio.sleep(self._deaths.backoff("learner"))
             try:
                 await self.start_learner()
                 return
@@ -365,18 +371,16 @@ class Supervisor:
     def _count_death(self, role: str, member: Member | None, error: BaseException) -> bool:
         """Note a death; False when it was one too many and the run fails. `member`: who died, where that is known."""
         name = member.name if member else f"a {role} rank"
-        self.restarts[role] += 1
-        deaths = self._deaths.setdefault(role, deque())
-        deaths.append(time.monotonic())
-        while deaths[0] < time.monotonic() - RESTART_WINDOW:
-            deaths.popleft()
+        blameless = is_blameless(error)
+        is_borne = self._deaths.note(role, self.wanted.get(role, 0), now=time.monotonic(), blameless=blameless)
         cause = getattr(error, "cause", None)
         if isinstance(cause, DeltalError) and cause.exit_code == 2:
             self._failed(cause)
             return False
         text = f"it {member.ended}" if member and member.ended else one_line(error, line=0)
-        if len(deaths) > self._config.run.max_restarts:
-            self._failed(ActorLostError(f"{name} died, the {len(deaths)}th of its role in 10 minutes: {text}"))
+        if not is_borne:
+            count = self._deaths.count(role)
+            self._failed(ActorLostError(f"{name} died, the {count}th of its role in 10 minutes: {text}"))
             return False
         if not (member and member.ended):  # of which it was told when it was ended
             self._say(f"{name} died and is replaced: {text}")
