@@ -66,6 +66,15 @@ class RunFolder:
         with _writing(self.url):
             self._fs.makedirs(self._path, exist_ok=True)
 
+    def forget(self) -> None:
+        """Take back what was written for a run that never began; whatever else lies there stays."""
+        if not self.is_local or self.exists("journal"):
+            return
+        for name in ("config.yaml", "data.json", "lock.json", "cluster.json"):
+            Path(f"{self._path}/{name}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(self._path).rmdir()
+
     def path(self, name: str) -> str:
         """Path or URL of a file in the folder."""
         return f"{self.url}/{name}"
@@ -93,11 +102,14 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
-        """Parsed JSON, None when the file is missing. Raises UserError when it is damaged."""
+        """A file's JSON object, None when it is missing. Raises UserError when it is damaged."""
         try:
-            return json.loads(self.read(name)) if self.exists(name) else None
-        except ValueError as error:
+            found = json.loads(self.read(name)) if self.exists(name) else None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path(name)} is damaged: {one_line(error, line=0)}") from error
+        if found is not None and not isinstance(found, dict):
+            raise UserError(f"{self.path(name)} is damaged: a {type(found).__name__} where a JSON object was expected")
+        return found
 
     def write_json(self, name: str, value: Any) -> None:
         """Write indented JSON; NaN and infinity become null, which every reader knows."""

@@ -113,6 +113,7 @@ def test_too_few_cpus_are_said_before_anything_starts(tmp_path: Path):
 def test_an_address_without_ray_is_named(tmp_path: Path):
     line = refused("train", TINY, "--run", "r", "--address", "127.0.0.1:1", DELTAL_RUNS=str(tmp_path))
     assert "127.0.0.1:1" in line
+    assert list(tmp_path.iterdir()) == [], "the same command may be tried again"
     assert "127.0.0.1:1" in refused("submit", TINY, "--address", "http://127.0.0.1:1", DELTAL_RUNS=str(tmp_path))
 
 

@@ -329,6 +329,29 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         load_config(str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run: {steps: 6}\nrollout: {workers: 1}\nrollout: {max_sequences: 9}\n", ":3: .*the key rollout stands twice"),
+        ("run: {steps: 6, steps: 60}\n", ":1: .*the key steps stands twice"),
+        ("run: &r {x: *r}\n", "nested too deeply, or it refers to itself"),
+        ("run: " + "[" * 3000, "nested too deeply"),
+        ('chat: {prefill: "\\ud800"}\n', "half a character"),
+    ],
+    ids=["section", "key", "circle", "depth", "surrogate"],
+)
+def test_a_file_that_would_be_read_otherwise_than_written_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says) as error:
+        load_config(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_half_a_character_in_an_override_is_refused() -> None:
+    assert "half a character" in refused(PLAIN, 'chat.system_prompt="\\ud800"')
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "binary.yaml"
     file.write_bytes(b"\xff\xfe\x00run")

@@ -199,3 +199,10 @@ def test_the_card_says_what_was_trained_and_how_it_evaluated(tmp_path: Path) -> 
     assert "# first, policy version 7" in card
     assert "| aggregation | kind delta_l, alpha 0.75 |" in card
     assert "| held-out accuracy, after | 0.5 |" in card
+
+
+def test_others_may_read_an_export(tmp_path: Path) -> None:
+    config = config_of()
+    checkpointed(tmp_path / "checkpoints", config, 1)
+    export(str(tmp_path / "checkpoints"), str(tmp_path / "model"), config=config)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {0o644}

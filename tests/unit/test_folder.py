@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deltal.errors import FolderError, RunInUseError, RunNotFoundError
+from deltal.errors import FolderError, RunInUseError, RunNotFoundError, UserError
 from deltal.folder import MISSED_BEATS, FolderLock, RunFolder, lock_is_alive, runs_root
 from tests.unit.builders import run_config
 
@@ -219,6 +219,31 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch
         folder.write("status.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"], "no half of the new one is left"
     assert folder.read("status.json") == b"old"
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", '"x"', "{", "[" * 5000])
+def test_a_file_of_the_run_folder_that_is_no_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lock.json").write_text(text)
+    with pytest.raises(UserError, match=r"lock\.json is damaged") as error:
+        RunFolder(str(tmp_path)).read_json("lock.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_never_began_is_forgotten_and_what_others_put_there_stays(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.make()
+    folder.write_config(run_config())
+    folder.forget()
+    assert not (tmp_path / "run").exists()
+    folder.make()
+    folder.write_config(run_config())
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    folder.forget()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    folder.write_config(run_config())
+    (tmp_path / "run" / "journal").mkdir()
+    folder.forget()
+    assert folder.exists("config.yaml"), "a run that has begun is kept"
 
 
 def test_a_folder_that_is_not_ours_to_write_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,27 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_start(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50}))
     with pytest.raises(ModelError, match=r"gives token \d+, but the model knows 50 tokens"):
         check(model)
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ("256", "eos_token_id = '256' is neither a token's number nor a list of them"),
+        ([[2]], "is neither a token's number"),
+        ([2, 99999], "gives token 99999, but the model knows 400 tokens"),
+    ],
+)
+def test_ends_of_a_response_that_are_no_tokens_are_refused_before_start(ends: Any, says: str, tmp_path: Path) -> None:
+    model = model_folder(tmp_path, chat_template=OWN)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ModelError, match=re.escape(says)):
+        check(model)
+
+
+def test_a_template_that_makes_nothing_of_a_message_is_refused_before_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="makes no token of a message"):
+        check(model_folder(tmp_path, chat_template=OWN), template="{{ '' }}")
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused_before_start(tmp_path: Path) -> None:

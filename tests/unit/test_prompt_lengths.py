@@ -12,7 +12,7 @@ from deltal.data.chat import Chat
 from deltal.errors import DataError
 from deltal.learner.model import prepare
 from deltal.plan.model_inputs import chat_at_hand
-from deltal.plan.prompt_lengths import SAMPLE, counted
+from deltal.plan.prompt_lengths import SAMPLE, chat_notes, counted
 from deltal.types import Message, Prompt
 from tests.launch import TINY, deltal
 from tests.unit.builders import run_config
@@ -43,6 +43,14 @@ def test_prompts_too_long_are_counted_in_a_sample_that_is_always_the_same(folder
     assert told is not None
     assert told == counted(chat, many, 8)
     assert told.startswith(f"{SAMPLE // 2} of {SAMPLE} prompts looked at")
+
+
+def test_what_leaves_the_question_out_or_has_no_end_is_told(folder: str) -> None:
+    plain = run_config(model={"kind": "hf", "path": folder})
+    assert chat_notes(plain, asking(3, 5, 9)) == []
+    deaf = run_config(model={"kind": "hf", "path": folder}, chat={"template": "{{ 'hello' }}"})
+    (told,) = chat_notes(deaf, asking(3, 5, 9))
+    assert "leave the question out" in told
 
 
 def test_when_all_are_too_long_the_setting_is_named_and_nothing_starts(folder: str) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from deltal.cli.app import RUNNING, Address, ConfigPath, Json, Overrides, Run, app, err, out
 from deltal.config import RunConfig
 from deltal.config.file import load_config
-from deltal.errors import ConfigError, UserError
+from deltal.errors import AddressError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from deltal.plan.prompts import RunPrompts
@@ -59,7 +59,11 @@ def train(
         settings = fork.begin(settings, source, folder)
     folder.write_config(settings)
     folder.write_json(RECORD, prompts.record)
-    _drive(settings, folder, address, as_json)
+    try:
+        _drive(settings, folder, address, as_json)
+    except AddressError:
+        folder.forget()  # Nothing has begun: the same command may be tried again.
+        raise
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -138,6 +142,8 @@ def _placed(settings: RunConfig) -> RunConfig:
     for part, is_there in ((values["model"], Path.exists), *((part, Path.is_file) for part in data)):
         if part.get("path") and is_there(path := Path(part["path"]).expanduser()):
             part["path"] = str(path.absolute())
+    if (folder := values["run"]["folder"]) and "://" not in folder:
+        values["run"]["folder"] = str(Path(folder).expanduser().absolute())
     return RunConfig.model_validate(values)
 
 
@@ -194,10 +200,9 @@ def _check(settings: RunConfig, *, local: bool, folder: Any = None) -> RunPrompt
 
 def _notes(settings: RunConfig, prompts: RunPrompts) -> list[str]:
     """What a person should know of the data before a run starts. Raises DataError when all prompts are too long."""
-    from deltal.plan.prompt_lengths import length_note
+    from deltal.plan.prompt_lengths import chat_notes
 
-    note = length_note(settings, prompts.train)
-    return [*prompts.notes, *([note] if note else [])]
+    return [*prompts.notes, *chat_notes(settings, prompts.train)]
 
 
 def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool) -> None:
@@ -210,6 +215,7 @@ def _drive(settings: RunConfig, folder: Any, address: str | None, as_json: bool)
         # Before ray is imported: only this user may join the local Ray.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     else:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # What is wrong is told once, in one line.
         use_token()
     from deltal.plan.plan import plan
     from deltal.run.driver import drive

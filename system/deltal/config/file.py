@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,19 @@ from deltal.config.run import RunConfig
 from deltal.errors import ConfigError
 
 
+class OneOfEachKey(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error: the first would vanish without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises yaml's ConstructorError with the place of the second key."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The validated settings of a file. Raises ConfigError in one line: missing file, bad YAML, wrong key or value."""
     file = Path(path)
@@ -21,7 +35,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.yaml")], n=1)
         raise ConfigError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = yaml.load(file.read_text(encoding="utf-8"), OneOfEachKey)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
@@ -34,10 +50,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> RunConfig:
     """Validated settings from plain values. Raises ConfigError in one line."""
-    merged = _copied(values)
+    try:
+        merged = _copied(values)
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply, or it refers to itself") from None
     # Kinds first: what is said about a choice is about the one that is made in the end.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".kind")):
         _override(merged, override)
+    try:
+        json.dumps(merged, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: a value holds half a character (a lone surrogate)") from None
     _name_default_kinds(RunConfig, merged)
     try:
         return RunConfig.model_validate(merged)

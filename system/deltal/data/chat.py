@@ -214,6 +214,9 @@ def _generation_eos(folder: Path) -> set[int | None]:
         return set()
     try:
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is no JSON object: {one_line(error)}") from error
-    return set(eos) if isinstance(eos, list) else {eos}
+    ends = eos if isinstance(eos, list) else [eos]
+    if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
+        raise ModelError(f"{file}: eos_token_id = {eos!r} is neither a token's number nor a list of them")
+    return set(ends)

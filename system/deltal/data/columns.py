@@ -6,6 +6,7 @@ All raise DataError with the bare reason; whoever reads the rows puts the place 
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Mapping
 from decimal import Decimal
@@ -144,6 +145,8 @@ class _ColumnFormatter(string.Formatter):
         return _at(kwargs, field_name), field_name
 
     def format_field(self, value: Any, format_spec: str) -> Any:
+        if re.search(r"[0-9]{4}", format_spec):
+            raise ValueError(f"the width {format_spec!r} would fill the memory")
         if format_spec or isinstance(value, list | tuple | dict):
             return super().format_field(value, format_spec)
         return written(value)

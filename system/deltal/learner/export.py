@@ -73,6 +73,8 @@ def export(
         told = write_chat(config.chat, temporary) | (facts or {})
         (temporary / "README.md").write_text(model_card(config, chosen, told))
         temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' are the owner's alone
         _put(temporary, folder)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {one_line(error)}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deltal.config import GgufPackageModel, HfModel, ModelShape, RandomModel
-from deltal.errors import ModelError
+from deltal.errors import ModelError, one_line
 
 WEIGHTS = ("*.safetensors", "*.bin")
 ADAPTER = "adapter_config.json"
@@ -72,8 +72,8 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     """The folder's config.json. Raises ModelError when it is no JSON object."""
     try:
         facts = json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / name} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / name} cannot be read: {one_line(error)}") from error
     if not isinstance(facts, Mapping):
         raise ModelError(f"{folder / name} is no JSON object")
     return facts

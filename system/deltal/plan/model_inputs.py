@@ -13,7 +13,7 @@ from deltal.config.run import RANDOM_POSITIONS
 from deltal.data.chat import Chat, no_template
 from deltal.data.made_models import folder_of_made, gguf_facts, gguf_file
 from deltal.data.tokenizer import byte_tokenizer, folder_of
-from deltal.errors import ModelError
+from deltal.errors import ConfigError, ModelError
 from deltal.plan.lengths import check_heads, check_length, text_facts
 from deltal.plan.model_folder import ADAPTER, TOKENIZER, base_of, check_model_folder, read_config
 from deltal.types import Message, Prompt
@@ -40,12 +40,14 @@ def check_model(settings: RunConfig, *, hub: bool) -> list[str]:
         if settings.chat.template == "model" and facts.get("chat_template") is None:
             raise no_template(getattr(model, "package", "the model"))
         return []
-    tokens = chat.encode(ASKED)
+    tokens, ends = chat.encode(ASKED).tolist(), chat.stop_token_ids
+    if not tokens:
+        raise ConfigError(f"chat.template = {settings.chat.template!r} makes no token of a message: an empty template?")
     rows = text_facts(facts).get("vocab_size")
-    if isinstance(rows, int) and len(tokens) and int(tokens.max()) >= rows:
+    if isinstance(rows, int) and max([*tokens, *ends]) >= rows:
         raise ModelError(
-            f"the tokenizer gives token {int(tokens.max())}, but the model knows {rows} tokens: its config and its "
-            "tokenizer do not belong together"
+            f"the tokenizer, or eos_token_id of generation_config.json, gives token {max([*tokens, *ends])}, but the "
+            f"model knows {rows} tokens: its config and its tokenizer do not belong together"
         )
     return []
 

@@ -136,7 +136,7 @@ def _remarks(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> 
             "of them are used"
         )
     foreign = {prompt.task for prompt in held_out} - {prompt.task for prompt in train}
-    if foreign:
+    if foreign and not isinstance(held, SplitOff):
         remarks.append(
             f"evaluation.data asks for {_listed(foreign)}, data for {_listed(prompt.task for prompt in train)}: the "
             "evaluation will not tell what was learned; evaluation.data={split_off: 64} holds out rows of data"

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltal.errors import AddressError, DeadlineError, RunNotFoundError, one_line
 from deltal.folder import RunFolder, lock_is_alive
-from deltal.run.token import use_token
+from deltal.run.token import ADVICE, is_refused, use_token
 
 RPC_SECONDS = 30.0
 
@@ -41,10 +41,10 @@ def controller(folder: RunFolder) -> Iterator[Any]:
         with loopback_kept():
             ray.init(address=place["address"], namespace=place["namespace"], log_to_driver=False, logging_level="ERROR")
         yield ray.get_actor(place["controller"])
-    except (AddressError, ConnectionError, ValueError) as error:
+    except (AddressError, ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        why = ADVICE if is_refused(str(error)) else one_line(error, line=0)
         raise RunNotFoundError(
-            f"{folder.name} runs on the Ray cluster at {place['address']}, which does not answer from here: "
-            f"{one_line(error, line=0)}"
+            f"{folder.name} runs on the Ray cluster at {place['address']}, which does not answer from here: {why}"
         ) from None
     finally:
         ray.shutdown()

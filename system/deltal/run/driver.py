@@ -24,9 +24,15 @@ from deltal.errors import FULL, ActorLostError, AddressError, DeadlineError, Fol
 from deltal.folder import FolderLock, RunFolder
 from deltal.plan.plan import Plan
 from deltal.run.controller import Controller
+from deltal.run.token import ADVICE, is_refused
 
 NAMESPACE = "deltal"
 GIB = 2**30
+LOST = (
+    ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+)  # fmt: skip
+"""How Ray tells that the Controller is gone, whatever it died of."""
 FORGIVEN_SECONDS = 3600.0
 """A Controller that lived for so long has the deaths before it forgotten."""
 UNREACHABLE_SECONDS = 600.0
@@ -52,7 +58,7 @@ def drive(
             began = time.monotonic()
             try:
                 return _live(config, folder, token, show, is_local=address is None)
-            except ray.exceptions.ActorDiedError as error:
+            except LOST as error:
                 deaths = 1 if time.monotonic() - began > FORGIVEN_SECONDS else deaths + 1
                 if deaths > config.run.max_resumes:
                     raise ActorLostError(
@@ -95,6 +101,8 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
         else:
             require_answer(address)
             context = ray.init(address=address, **quiet)
+    except AddressError:
+        raise
     except Exception as error:  # Ray raises many kinds, plain Exception among them, for what is wrong with a machine
         raise AddressError(_no_ray(address, error)) from None
     try:
@@ -106,6 +114,9 @@ def cluster(address: str | None, plan: Plan) -> Iterator[str]:
 def _no_ray(address: str | None, error: Exception) -> str:
     """Why there is no Ray, and what to do."""
     why = one_line(error, line=0)
+    if address is not None and (is_refused(str(error)) or "Failed to connect" in why):
+        # Something listens there, or it would not have come to this; Ray names a refused token in its log only.
+        return f"the Ray cluster at {address} does not let this user in: {ADVICE}"
     if address is not None:
         return f"no Ray cluster answers at {address}: {why}"
     advice = "`deltal doctor` looks at this machine"

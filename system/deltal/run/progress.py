@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: the live display of `train` and `watch`, and the table it ends with.
+"""What a run looks like in a terminal: the live display of `train`, and the table it ends with.
 
 Pure: from the status (the live page's /status.json) and the rows of metrics.jsonl to something rich can print. Text of
 a run is never read as rich markup, and control characters never reach the terminal.

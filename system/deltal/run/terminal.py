@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from deltal.folder import RunFolder
+from deltal.folder import RunFolder, runs_root
 from deltal.results.rows import stalled
 from deltal.run.progress import before_after_table, render
 
@@ -32,7 +33,7 @@ def display(out: Console, folder: RunFolder, *, silent: bool) -> Iterator[Callab
 
 def tell_outcome(out: Console, err: Console, folder: RunFolder, summary: dict[str, Any]) -> None:
     """The table before and after, where things are, and what to type next; one line when the run failed."""
-    name, state = folder.name, summary["state"]
+    state, name = summary["state"], _typed(folder)
     if state == "failed":
         err.print(f"[bold red]deltal:[/] {escape(summary['error'])}", soft_wrap=True)
         return
@@ -49,6 +50,12 @@ def tell_outcome(out: Console, err: Console, folder: RunFolder, summary: dict[st
         out.print(f"next     deltal eval {name}   deltal audit {name}   deltal export {name} DIR", soft_wrap=True)
     else:
         out.print(f"next     deltal audit {name}   deltal export {name} DIR", soft_wrap=True)
+
+
+def _typed(folder: RunFolder) -> str:
+    """How to name the run in the next command: by its name where that is found, else by its path."""
+    is_found = RunFolder(f"{runs_root()}/{folder.name}").url == folder.url
+    return folder.name if is_found else shlex.quote(folder.url)
 
 
 def _tell(out: Console, status: Status, told: dict[str, Any]) -> None:
