@@ -30,6 +30,8 @@ def status(run: Run, as_json: Json = False) -> None:
         done = Journal(folder.path("journal")).policy_version()
         if summary.get("policy_version") != done:
             summary["ledger"] = None
+        # Nobody works for it, and its page is gone.
+        summary |= {"workers": None, "pending": None, "queues": None, "address": None, "message": None}
         summary |= {"seconds_left": None, "step": done, "steps": done, "policy_version": done}
     if as_json:
         out.print_json(data=summary)

@@ -38,7 +38,7 @@ def export(
     if not versions or (version is not None and version not in versions):
         have = ", ".join(str(v) for v in versions) or "none"
         raise UserError(
-            f"there is no checkpoint {'' if version is None else version} in {checkpoints}; there are: {have}"
+            f"there is no checkpoint {'' if version is None else f'{version} '}in {checkpoints}; there are: {have}"
         )
     chosen = versions[-1] if version is None else version
     folder = Path(target).resolve()
