@@ -105,7 +105,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} must look like learner.learning_rate=1e-5")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, OneOfEachKey)
     except yaml.YAMLError:
         parsed = value
     if parsed == value.strip():  # Left as it was typed, and not in quotes.

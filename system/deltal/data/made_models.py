@@ -13,6 +13,9 @@ from typing import Any
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, RandomModel
 from deltal.errors import ModelError
 
+ADAPTER = "adapter_config.json"
+"""The file by which peft knows an adapter's folder."""
+
 
 def cache_folder() -> Path:
     """Where made models are kept: $DELTAL_CACHE, else the user's cache folder."""
@@ -31,12 +34,17 @@ def folder_of_made(model: GgufPackageModel | RandomModel) -> Path:
     return made_folder(model.kind, text.encode())
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a folder with a LoRA adapter and not with a whole model."""
+    return (Path(path).expanduser() / ADAPTER).is_file()
+
+
 def ready_folder(model: ModelConfig) -> str | None:
     """The folder or hub name from which every actor loads the model; None while it must first be made."""
     if isinstance(model, HfModel):
-        folder = Path(model.path).expanduser()
-        is_adapter = (folder / "adapter_config.json").is_file()
-        return None if is_adapter else str(folder) if model.path.startswith("~") else model.path
+        if is_adapter(model.path):
+            return None
+        return str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
     made = folder_of_made(model)
     return str(made) if (made / "config.json").exists() else None
 

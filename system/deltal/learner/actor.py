@@ -64,10 +64,6 @@ class LearnerRank:
         """Port of this actor's metrics."""
         return self._server.port
 
-    def pid(self) -> int:
-        """Process id, to end a rank that hangs in a collective."""
-        return os.getpid()
-
     def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: listen for the other ranks, on this node's Ray address only; returns where.
 

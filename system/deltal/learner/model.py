@@ -17,15 +17,12 @@ import torch
 
 from deltal.config import GgufPackageModel, HfModel, ModelConfig, ModelShape, RandomModel
 from deltal.config.run import RANDOM_POSITIONS
-from deltal.data.made_models import folder_of_made, gguf_file, made_folder, ready_folder
+from deltal.data.made_models import ADAPTER, folder_of_made, gguf_file, made_folder, ready_folder
 from deltal.data.tokenizer import byte_tokenizer, copy_tokenizer
 from deltal.errors import ModelError, one_line
 from deltal.learner.attention import ATTENTION, packed_attention
 from deltal.learner.head import attach
 from deltal.learner.lora import with_adapter
-
-ADAPTER = "adapter_config.json"
-"""The file by which peft knows an adapter's folder."""
 
 
 def prepare(model: ModelConfig) -> str:
@@ -52,11 +49,6 @@ def _made(folder: Path, make: Callable[[Path], None]) -> str:
                 if not (folder / "config.json").exists():
                     raise
     return str(folder)
-
-
-def is_adapter(path: str) -> bool:
-    """Whether `path` is a folder with a LoRA adapter and not with a whole model."""
-    return (Path(path).expanduser() / ADAPTER).is_file()
 
 
 def _merged_adapter(adapter: Path) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from deltal.config import GgufPackageModel, HfModel, ModelShape, RandomModel
+from deltal.data.made_models import ADAPTER, is_adapter
 from deltal.errors import ModelError, one_line
 
 WEIGHTS = ("*.safetensors", "*.bin")
-ADAPTER = "adapter_config.json"
-"""The file by which a folder is a LoRA adapter."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -30,7 +29,7 @@ def check_model_folder(path: str) -> None:
         return
     if not folder.is_dir():
         raise ModelError(f"model.path = {path!r} is a file: give the folder that holds it")
-    if (folder / ADAPTER).is_file():
+    if is_adapter(folder):
         if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
             raise ModelError(f"model.path = {path!r} is a LoRA adapter without weights: no adapter_model.safetensors")
         check_model_folder(base_of(folder))
@@ -53,7 +52,7 @@ def model_shape(model: HfModel | GgufPackageModel | RandomModel, folder: str | N
         return model.shape
     if folder is None and isinstance(model, HfModel):
         folder = model.path
-    if folder is not None and (Path(folder).expanduser() / ADAPTER).is_file():
+    if folder is not None and is_adapter(folder):
         folder = base_of(Path(folder).expanduser())
     if folder is None or not (Path(folder).expanduser() / "config.json").is_file():
         return None

@@ -11,11 +11,11 @@ from typing import Any
 from deltal.config import ChatConfig, HfModel, RunConfig
 from deltal.config.run import RANDOM_POSITIONS
 from deltal.data.chat import Chat, no_template
-from deltal.data.made_models import folder_of_made, gguf_facts, gguf_file
+from deltal.data.made_models import folder_of_made, gguf_facts, gguf_file, is_adapter
 from deltal.data.tokenizer import byte_tokenizer, folder_of
 from deltal.errors import ConfigError, ModelError
 from deltal.plan.lengths import check_heads, check_length, text_facts
-from deltal.plan.model_folder import ADAPTER, TOKENIZER, base_of, check_model_folder, read_config
+from deltal.plan.model_folder import TOKENIZER, base_of, check_model_folder, read_config
 from deltal.types import Message, Prompt
 
 ASKED = Prompt(id="0", task="", messages=(Message(role="user", content="1 + 1?"),), answer="2")
@@ -107,7 +107,7 @@ def _facts(settings: RunConfig, *, hub: bool) -> Mapping[str, Any] | None:
 def _source(model: HfModel) -> str:
     """Folder or hub name of the whole model, which an adapter names as its base."""
     folder = Path(model.path).expanduser()
-    return base_of(folder) if (folder / ADAPTER).is_file() else model.path
+    return base_of(folder) if is_adapter(folder) else model.path
 
 
 def _at_hand(source: str, *, hub: bool) -> Path | None:

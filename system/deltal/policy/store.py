@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import time
 from typing import Any
 
@@ -35,10 +34,6 @@ class PolicyStore:
     async def metrics_port(self) -> int:
         """Port of this actor's metrics."""
         return self._server.port
-
-    async def pid(self) -> int:
-        """Process id of this actor."""
-        return os.getpid()
 
     async def offer(self, version: int, rank: int, ranks: int, holder: Any, deadline_seconds: float) -> bool:
         """Take one rank's shard of `version`, by calling `holder.take_weights(version)`.

@@ -65,8 +65,10 @@ class LeaseQueue(Generic[T]):
         """Up to `count` entries from the front, each with its own token. A suspect comes alone."""
         self.expire(now=now)
         leases: list[Lease[T]] = []
-        while self._waiting and len(leases) < count and not (leases and leases[-1].deliveries > SUSPECT):
-            if leases and self._deliveries.get(next(iter(self._waiting)), 0) >= SUSPECT:
+        is_suspect = False
+        while self._waiting and len(leases) < count and not is_suspect:
+            is_suspect = self._deliveries.get(next(iter(self._waiting)), 0) >= SUSPECT
+            if is_suspect and leases:
                 break
             key, (item, _) = self._waiting.popitem(last=False)
             token = f"{self._incarnation}-{next(self._counter)}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 import uuid
 from typing import Any
@@ -38,10 +37,6 @@ class ObjectQueue:
     async def metrics_port(self) -> int:
         """Port of this actor's metrics."""
         return self._server.port
-
-    async def pid(self) -> int:
-        """Process id of this actor."""
-        return os.getpid()
 
     async def put(self, entries: list[tuple[GroupId, Boxed]]) -> int:
         """Append entries given as (key, [reference]); known keys are left alone. Returns how many were new."""

@@ -63,10 +63,6 @@ class ReplayActor:
         """Port of this actor's metrics."""
         return self._server.port
 
-    async def pid(self) -> int:
-        """Process id of this actor."""
-        return os.getpid()
-
     async def issue(self, ids: list[GroupId], cursor: tuple[int, int]) -> int:
         """Journal that `ids` exist and where the cursor stands after them; returns the version stamped on them."""
         self._require_whole()

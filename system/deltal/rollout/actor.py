@@ -98,10 +98,6 @@ class RolloutWorker:
             "open_groups": len(self._open),
         }
 
-    def pid(self) -> int:
-        """Process id of this actor."""
-        return os.getpid()
-
     def whereabouts(self) -> tuple[str, int]:
         """Node and process id of this actor, to end a process that does not answer."""
         return ray.get_runtime_context().get_node_id(), os.getpid()

@@ -139,10 +139,6 @@ class Controller:
         """Versions whose checkpoints stay however old they get: the best so far, and the one under evaluation."""
         return self._observer.checkpoints_to_keep()
 
-    async def pids(self) -> dict[str, int]:
-        """Process ids of all actors by name, on their nodes."""
-        return await self._supervisor.pids()
-
     # --- the run, from start to end ---------------------------------------------------------------
 
     async def _run(self) -> None:

@@ -236,12 +236,6 @@ class Supervisor:
         except (TimeoutError, ray.exceptions.RayError):
             return {}
 
-    async def pids(self) -> dict[str, int]:
-        """Process ids of all actors by name."""
-        handles = self.services | {member.name: member.handle for _, member in self.running()}
-        found = await asyncio.gather(*(self.ask(handle.pid.remote()) for handle in handles.values()))
-        return {name: pid for name, pid in zip(handles, found, strict=True) if pid}
-
     @property
     def restarts(self) -> Counter[str]:
         """Deaths of members, by role."""

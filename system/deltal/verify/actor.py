@@ -43,10 +43,6 @@ class Verifier:
         """Port of this actor's metrics."""
         return self._server.port
 
-    def pid(self) -> int:
-        """Process id of this actor."""
-        return os.getpid()
-
     def whereabouts(self) -> tuple[str, int]:
         """Node and process id of this actor, to end a process that does not answer."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
